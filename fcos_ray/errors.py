@@ -10,7 +10,7 @@ FcosRayError
 │   ├── FetchError
 │   ├── DecodeError
 │   └── DetectError
-├── StorageError           a store did not do what was asked, after retries; nothing is known to be wrong with the request
+├── StorageError           a store did not do what was asked, after retries; the request itself is not known to be wrong
 └── RunStopped             rows are missing, the same command goes on (exit 4)
 """
 
@@ -27,6 +27,7 @@ ERROR_CODES: Final[dict[str, tuple[Stage, bool, str]]] = {
     "forbidden": ("fetch", False, "the store denies reading it"),
     "not_a_file": ("fetch", False, "a folder, device or pipe"),
     "too_large": ("fetch", False, "more bytes than max_image_bytes"),
+    "fetch_refused": ("fetch", False, "the store answers that it will not do this, and trying again changes nothing"),
     "fetch_timeout": ("fetch", True, "not read within fetch_deadline_seconds"),
     "fetch_failed": ("fetch", True, "the store or the network failed on every attempt"),
     "empty": ("decode", False, "zero bytes"),

@@ -1,0 +1,253 @@
+"""Execution: the missing shards of a pinned run -> committed files. Knows Ray and retries; no manifests, no models.
+
+An execution that ends early (a stall, a frozen node, a store that is away) is started again over what is missing, in the
+same process, as long as it makes progress. What is missing is asked of the output each time, never remembered.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import ray
+import ray.data
+from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import RayError, RayTaskError
+
+from fcos_ray.errors import OutputError, RunStopped, StorageError, UserError
+from fcos_ray.inputs.pin import PinnedFile, read_shard
+from fcos_ray.layout import Cluster, Layout
+from fcos_ray.outputs.commit import ShardTarget, commit_shard, list_committed
+from fcos_ray.outputs.gather import Gather, WholeShard
+from fcos_ray.pipeline import LoadSettings, MakeDetector, result_rows
+from fcos_ray.progress import RunProgress
+
+logger = logging.getLogger("fcos_ray")
+_COMMITS_IN_FLIGHT: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedRun:
+    """A run's plan: a pure function from shard number to rows."""
+
+    target: ShardTarget
+    folder: str  # of the pinned manifest
+    files: tuple[PinnedFile, ...]
+
+    @property
+    def shard_rows(self) -> list[int]:
+        return [rows for file in self.files for rows in file.shard_rows]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.shard_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionSettings:
+    """How patient to be."""
+
+    max_transient_fraction: float
+    max_rounds: int
+    round_wait_seconds: float
+    stall_seconds: float
+
+
+@dataclass(slots=True)
+class ExecutionStats:
+    """What this process did."""
+
+    created: int = 0  # shards
+    discarded: int = 0  # another writer was first
+    rounds: int = 0
+    rows_after_first_commit: int = 0
+    first_commit: float | None = None  # time.monotonic()
+    last_commit: float | None = None
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Steady state: from the first to the last commit; None with fewer than two."""
+        if self.first_commit is None or self.last_commit is None or self.last_commit <= self.first_commit:
+            return None
+        return self.rows_after_first_commit / (self.last_commit - self.first_commit)
+
+
+@contextmanager
+def ray_session() -> Iterator[Cluster]:
+    """A connection to Ray: the running one, else the cluster of RAY_ADDRESS, else a local Ray on loopback."""
+    ours = not ray.is_initialized()
+    if ours:
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+        if "RAY_ADDRESS" in os.environ:
+            ray.init(**options)
+        else:
+            ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():  # ray.init replaces them
+                signal.signal(number, handler)
+    try:
+        yield describe_cluster()
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def describe_cluster() -> Cluster:
+    """The CPUs and GPUs that Ray has now."""
+    total = ray.cluster_resources()
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    return Cluster(total.get("CPU", 0.0), total.get("GPU", 0.0), max(nodes, default=0.0))
+
+
+class Execution:
+    """Labels the missing shards of one run."""
+
+    def __init__(
+        self,
+        run: PinnedRun,
+        *,
+        layout: Layout,
+        load_settings: LoadSettings,
+        make_detector: MakeDetector,
+        settings: ExecutionSettings,
+    ) -> None:
+        self._run = run
+        self._layout = layout
+        self._load_settings = load_settings
+        self._make_detector = make_detector
+        self._settings = settings
+        self._commits: dict[ray.ObjectRef[bool], WholeShard] = {}
+        self._progress: RunProgress | None = None
+        self.stats = ExecutionStats()
+        context = ray.data.DataContext.get_current()
+        context.execution_no_progress_timeout_s = settings.stall_seconds
+        context.raise_original_map_exception = True  # else a stage's error arrives without its class
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+
+    def label(self) -> ExecutionStats:
+        """Come back when every shard is committed. Raises RunStopped when rounds end without progress."""
+        missing = self._missing()
+        done = self._run.num_rows - sum(self._run.shard_rows[shard] for shard in missing)
+        idle, wait = 0, self._settings.round_wait_seconds
+        with RunProgress(num_rows=self._run.num_rows, done=done) as self._progress:
+            while missing:
+                trouble = self._round(missing)
+                self.stats.rounds += 1
+                still_missing = self._missing()
+                idle = 0 if len(still_missing) < len(missing) else idle + 1
+                missing = still_missing
+                if missing and idle >= self._settings.max_rounds:
+                    raise RunStopped(self._why_stopped(missing, trouble))
+                if missing:
+                    logger.warning("%d shards are missing (%s); again in %.0f s", len(missing), trouble, wait)
+                    time.sleep(wait)
+                    wait = min(wait * 2, 8 * self._settings.round_wait_seconds)
+        return self.stats
+
+    def _missing(self) -> list[int]:
+        committed = list_committed(self._run.target.output, self._run.target.run_id)
+        return [shard for shard in range(len(self._run.shard_rows)) if shard not in committed]
+
+    def _why_stopped(self, missing: Sequence[int], trouble: str) -> str:
+        rows = sum(self._run.shard_rows[shard] for shard in missing)
+        return (
+            f"run {self._run.target.run_id} stopped with {rows:,} rows in {len(missing):,} shards missing (such as "
+            f"shard {missing[0]}): {trouble}. Nothing is lost; the same command goes on"
+        )
+
+    def _round(self, missing: Sequence[int]) -> str:
+        """One execution over the missing shards. Says what kept it from committing all of them."""
+        gather = Gather({shard: self._run.shard_rows[shard] for shard in missing})
+        set_aside: Counter[str] = Counter()
+        trouble = ""
+        try:
+            for rows in result_rows(
+                missing,
+                pinned_folder=self._run.folder,
+                files=self._run.files,
+                load_settings=self._load_settings,
+                make_detector=self._make_detector,
+                layout=self._layout,
+            ):
+                for whole in gather.add(rows):
+                    if whole.transient_fraction > self._settings.max_transient_fraction:
+                        set_aside += whole.errors_by_code
+                    else:
+                        self._submit(whole)
+                trouble = self._reap(leave=_COMMITS_IN_FLIGHT) or trouble
+        except (RayError, ExecutionTimeoutError) as error:
+            trouble = _restartable(error)
+        trouble = self._reap(leave=0) or trouble
+        if set_aside:
+            codes = ", ".join(f"{count:,} {code}" for code, count in set_aside.most_common())
+            trouble = (
+                f"shards with more than {self._settings.max_transient_fraction:.0%} transient errors are not committed "
+                f"({codes}; --max-transient-fraction 1 commits them as error rows)"
+            )
+        return trouble or "the execution ended early"
+
+    def _submit(self, whole: WholeShard) -> None:
+        reference = _commit.remote(self._run.target, whole.shard, self._run.folder, self._run.files, whole.rows)
+        self._commits[reference] = WholeShard(whole.shard, whole.rows.select(["error_code", "attempts", "labels"]))
+
+    def _reap(self, *, leave: int) -> str:
+        """Collect finished commits, waiting until at most `leave` are under way. Says what went wrong, if anything."""
+        trouble = ""
+        while self._commits:
+            surplus = len(self._commits) > leave
+            finished, _ = ray.wait(list(self._commits), num_returns=1, timeout=None if surplus else 0)
+            if not finished:
+                break
+            whole = self._commits.pop(finished[0])
+            try:
+                created = ray.get(finished[0])
+            except RayError as error:
+                trouble = _restartable(error)
+            else:
+                self._count(whole, created=created)
+        if self._progress:
+            self._progress.tick()
+        return trouble
+
+    def _count(self, whole: WholeShard, *, created: bool) -> None:
+        now, rows = time.monotonic(), whole.rows.num_rows
+        if created:
+            self.stats.created += 1
+        else:
+            self.stats.discarded += 1
+        if self.stats.first_commit is None:
+            self.stats.first_commit = now
+        else:
+            self.stats.rows_after_first_commit += rows
+        self.stats.last_commit = now
+        if self._progress:
+            self._progress.add(rows=rows, errors=rows - whole.rows["error_code"].null_count)
+
+
+def _restartable(error: BaseException) -> str:
+    """What an execution ended with, in words, when another one may do better; raises it when none will."""
+    cause: BaseException = error
+    while isinstance(cause, RayTaskError):
+        cause = cause.cause
+    if isinstance(cause, UserError):
+        raise cause from error
+    if isinstance(cause, OSError):
+        raise OutputError(f"a shard cannot be written: {cause}") from error
+    if isinstance(error, RayTaskError) and not isinstance(cause, (StorageError, RayError)):
+        raise error  # a bug: the same rows would raise it again
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+
+
+@ray.remote(num_cpus=0, max_retries=3)
+def _commit(target: ShardTarget, shard: int, folder: str, files: Sequence[PinnedFile], results: Any) -> bool:
+    return commit_shard(target, shard, pinned=read_shard(folder, files, shard), results=results)

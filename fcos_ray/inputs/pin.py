@@ -1,0 +1,125 @@
+"""Pin: a draft -> files whose row groups are the shards, and back. Knows row groups, not what a manifest may hold.
+
+pyarrow writes, because DuckDB's COPY cuts row groups in multiples of 2,048 whatever is asked (DuckDB 2.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, cast
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fcos_ray import storage
+from fcos_ray.inputs.manifests import quote
+from fcos_ray.inputs.plan import KNOWN_COLUMNS, PARTITION, REFUSED, Draft
+
+GROUPS_PER_FILE: Final = 64  # a footer costs 1.3 KB per row group of ten columns, and every shard's reader reads it
+_FILE_BYTES: Final = 48 * 2**20  # below s3fs' multipart threshold
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedFile:
+    """One file of a pinned manifest: its row groups are the shards first_shard, first_shard + 1, …"""
+
+    name: str
+    first_shard: int
+    shard_rows: tuple[int, ...]
+
+
+def pin(draft: Draft, folder: str) -> tuple[PinnedFile, ...]:
+    """Write the pinned manifest under `folder`: one row group per shard, ordered by partition, then padded shape."""
+    order = [PARTITION] if draft.settings.partition_by else []
+    writer = _PinnedWriter(folder, draft)
+    names = [n for n in KNOWN_COLUMNS if n.startswith("content_") and _has_column(draft.connection, n)]
+    known = "".join(f", CAST(m.{quote(n)} AS {KNOWN_COLUMNS[n]}) AS {quote(n)}" for n in names)
+    carried = "".join(f", m.{quote(n)}" for n in draft.columns)
+    reader = draft.connection.sql(
+        f"SELECT p.image_id, p.uri, p.{REFUSED}, p.{PARTITION}{known}{carried} "
+        "FROM planned p JOIN manifest m ON m.rowid = p.number "
+        f"ORDER BY {', '.join([*(f'p.{o}' for o in order), 'p.shape', 'p.number'])}"
+    ).to_arrow_reader(65_536)
+    for batch in reader:
+        writer.add(batch)
+    return writer.finish()
+
+
+def _has_column(connection: duckdb.DuckDBPyConnection, name: str) -> bool:
+    return any(row[0] == name for row in connection.execute("DESCRIBE manifest").fetchall())
+
+
+class _PinnedWriter:
+    """Cuts an ordered stream of rows into row groups of the planned sizes, and row groups into files."""
+
+    def __init__(self, folder: str, draft: Draft) -> None:
+        self._folder = folder
+        self._types = draft.columns
+        self._sizes = _shard_sizes(draft)
+        self._waiting: list[pa.Table] = []
+        self._sink: pa.BufferOutputStream | None = None
+        self._parquet: pq.ParquetWriter | None = None
+        self._rows: list[int] = []
+        self._next_shard = 0
+        self._files: list[PinnedFile] = []
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        self._waiting.append(self._retyped(pa.Table.from_batches([batch])))
+        while self._next_shard < len(self._sizes):
+            size = self._sizes[self._next_shard]
+            if sum(t.num_rows for t in self._waiting) < size:
+                return
+            table = pa.concat_tables(self._waiting)
+            self._write_shard(table.slice(0, size))
+            self._waiting = [table.slice(size)]
+
+    def _retyped(self, table: pa.Table) -> pa.Table:
+        fields = [f.with_type(self._types.get(f.name, f.type)) for f in table.schema]
+        return table.cast(pa.schema(fields))
+
+    def _write_shard(self, rows: pa.Table) -> None:
+        if self._parquet is None:
+            self._sink = pa.BufferOutputStream()
+            self._parquet = pq.ParquetWriter(self._sink, rows.schema, compression="zstd", write_statistics=False)
+        self._parquet.write_table(rows, row_group_size=max(rows.num_rows, 1))
+        self._rows.append(rows.num_rows)
+        self._next_shard += 1
+        assert self._sink is not None
+        if len(self._rows) == GROUPS_PER_FILE or self._sink.tell() > _FILE_BYTES:
+            self._close_file()
+
+    def _close_file(self) -> None:
+        assert self._parquet is not None
+        assert self._sink is not None
+        self._parquet.close()
+        name = f"{len(self._files):05d}.parquet"
+        storage.create(storage.join(self._folder, name), self._sink.getvalue().to_pybytes())
+        self._files.append(PinnedFile(name, self._next_shard - len(self._rows), tuple(self._rows)))
+        self._parquet, self._sink, self._rows = None, None, []
+
+    def finish(self) -> tuple[PinnedFile, ...]:
+        if self._parquet is not None:
+            self._close_file()
+        assert self._next_shard == len(self._sizes), "rows of the stream and of the count differ"
+        return tuple(self._files)
+
+
+def _shard_sizes(draft: Draft) -> list[int]:
+    sizes: list[int] = []
+    for _, rows in draft.partitions:
+        whole, rest = divmod(rows, draft.shard_rows)
+        sizes += [draft.shard_rows] * whole + ([rest] if rest else [])
+    return sizes
+
+
+def read_shard(folder: str, files: Sequence[PinnedFile], shard: int) -> pa.Table:
+    """The pinned rows of one shard, in order."""
+    file = next(f for f in files if f.first_shard <= shard < f.first_shard + len(f.shard_rows))
+
+    def read() -> pa.Table:
+        with storage.open_for_reading(storage.join(folder, file.name)) as handle:
+            return pq.ParquetFile(handle).read_row_group(shard - file.first_shard)
+
+    return cast("pa.Table", storage.retrying(f"reading shard {shard}", read))

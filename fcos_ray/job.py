@@ -1,0 +1,313 @@
+"""Job: resolve → plan → pipeline → gather → commit → finish. Composes the rooms; each step's how is in its own room.
+
+An open run is finished first, with its pinned plan; then the request is planned. What is committed is what lies in the
+output: the driver holds shard numbers only, and may die at any line here.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import platform
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+
+from fcos_ray import storage
+from fcos_ray.config import JobConfig
+from fcos_ray.errors import ConfigError, OutputError
+from fcos_ray.execution import Execution, ExecutionSettings, ExecutionStats, PinnedRun, ray_session
+from fcos_ray.inputs.fetch import FetchPolicy
+from fcos_ray.inputs.manifests import Source, find_sources
+from fcos_ray.inputs.pin import PinnedFile, pin
+from fcos_ray.inputs.plan import Draft, PlanSettings, draft_plan
+from fcos_ray.layout import Cluster, Layout, plan_layout
+from fcos_ray.model.detector import Detector
+from fcos_ray.model.weights import Weights, load_weights
+from fcos_ray.outputs import runs
+from fcos_ray.outputs.commit import ShardCounts, ShardTarget, audit
+from fcos_ray.outputs.schema import RESERVED_COLUMNS
+from fcos_ray.pipeline import ImageDetector, LoadSettings, MakeDetector
+
+logger = logging.getLogger("fcos_ray")
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """What a job did. The last line on stdout is this as JSON."""
+
+    state: Literal["complete", "nothing_to_do", "planned"]
+    output: str
+    run_id: str
+    rows: int
+    shards: int
+    ok: int = 0
+    error: int = 0
+    errors_by_code: dict[str, int] = field(default_factory=dict)
+    detections: int = 0
+    duplicates_dropped: int = 0
+    uris_refused: int = 0
+    images_per_second: float | None = None  # steady state of this process: from its first to its last commit
+    wall_seconds: float = 0.0
+    startup_seconds: float | None = None  # until the first commit
+    retries: int = 0  # fetch attempts beyond the first
+    seconds: dict[str, float] = field(default_factory=dict)  # per stage, summed over images, restarts included
+
+    @property
+    def error_fraction(self) -> float:
+        return self.error / self.rows if self.rows else 0.0
+
+
+def run(config: JobConfig, *, make_detector: MakeDetector | None = None) -> RunSummary:
+    """Label what the manifests name; come back when every row is in the output, audited.
+
+    `make_detector` replaces FCOS (benchmarks without a model). Raises UserError when something asked for is wrong,
+    RunStopped when rows are missing and the same call will go on.
+    """
+    started = time.monotonic()
+    job = _Job(config, make_detector)
+    while True:
+        decision = runs.resolve(runs.list_runs(job.output), runs.read_labelling(job.output), job.request)
+        match decision:
+            case runs.Refuse(differences):
+                raise OutputError(_explain_refusal(job.output, differences))
+            case runs.Nothing(run_id):
+                logger.info("nothing to do: run %s has labelled these sources", run_id)
+                return job.summary_of_finished(run_id, started)
+            case runs.Resume(run_id):
+                record = runs.read_run(job.output, run_id)
+                if config.dry_run:
+                    return job.planned(run_id, rows=record["num_rows"], shards=record["num_shards"])
+                logger.info("run %s is open: going on with its pinned plan", run_id)
+            case runs.New(run_id):
+                with draft_plan(job.sources, job.plan_settings) as draft:
+                    if config.dry_run:
+                        return job.planned(run_id, rows=draft.num_rows, shards=draft.num_shards)
+                    record = job.pin(draft, run_id)
+        summary = job.label(record, started)
+        if record["request_digest"] == job.request.digest:
+            return summary
+
+
+def _explain_refusal(output: str, differences: Sequence[tuple[str, Any, Any]]) -> str:
+    named = "; ".join(f"{name}: the output has {ours!r}, asked was {asked!r}" for name, ours, asked in differences)
+    return f"{output} holds another labelling ({named}). Use the same settings, or another --output"
+
+
+class _Job:
+    """The request, resolved against files and weights, and the steps on it."""
+
+    def __init__(self, config: JobConfig, make_detector: MakeDetector | None) -> None:
+        self.config = config
+        self._make_detector = make_detector
+        try:
+            self.output = storage.parse_uri(config.output).uri
+        except storage.InvalidUri as error:
+            raise ConfigError(f"output is not a uri that can be written: {error}") from error
+        self.sources = find_sources(config.manifest)
+        self._weights = load_weights(
+            config.weights, num_classes=config.num_classes, categories=_categories(config.categories)
+        )
+        sources = [{"uri": s.uri, "num_bytes": s.num_bytes, "version": s.version} for s in self.sources]
+        self.request = runs.Request(
+            runs.request_digest(sources, config.request_settings()), _labelling(self._weights, config)
+        )
+        self.fetch_policy = _fetch_policy(config, self.sources)
+        self.plan_settings = _plan_settings(config, self.fetch_policy)
+
+    def planned(self, run_id: str, *, rows: int, shards: int) -> RunSummary:
+        return RunSummary("planned", self.output, run_id, rows=rows, shards=shards)
+
+    def pin(self, draft: Draft, run_id: str) -> dict[str, Any]:
+        """Write the plan down; the record that counts is the one whose run.json came first."""
+        storage.probe_create_if_absent(self.output)
+        labelling = runs.create_labelling(self.output, self.request.labelling)
+        decision = runs.resolve([], labelling, self.request)
+        if isinstance(decision, runs.Refuse):  # another first run was faster
+            raise OutputError(_explain_refusal(self.output, decision.differences))
+        attempt = f"manifest-{uuid.uuid4().hex[:12]}"
+        files = pin(draft, storage.join(runs.run_folder(self.output, run_id), attempt))
+        record = {
+            "run_id": run_id,
+            "request_digest": self.request.digest,
+            "sources": [asdict(source) for source in self.sources],
+            "settings": self.config.model_dump(mode="json"),
+            "partition_by": list(self.config.partition_by),
+            "attempt": attempt,
+            "files": [asdict(file) for file in files],
+            "num_rows": draft.num_rows,
+            "num_shards": draft.num_shards,
+            "duplicates_dropped": draft.num_duplicates_dropped,
+            "uris_refused": draft.num_uris_refused,
+            "created_at": datetime.now(UTC).isoformat(),
+        }
+        kept = runs.create_run(self.output, run_id, record)
+        logger.info(
+            "run %s: %s rows in %s shards, %d duplicates dropped, %d uris refused",
+            run_id, f"{kept['num_rows']:,}", f"{kept['num_shards']:,}",
+            kept["duplicates_dropped"], kept["uris_refused"],
+        )  # fmt: skip
+        return kept
+
+    def label(self, record: Mapping[str, Any], started: float) -> RunSummary:
+        """Label a pinned run's missing shards, audit, and mark it finished."""
+        pinned = _pinned_run(self.output, record, self.request.labelling)
+        with ray_session() as cluster:
+            layout = self._layout(cluster, record["num_rows"])
+            logger.info("%s", layout.describe())
+            execution = Execution(
+                pinned,
+                layout=layout,
+                load_settings=self._load_settings(),
+                make_detector=self._make_detector or self._fcos(layout),
+                settings=ExecutionSettings(
+                    max_transient_fraction=self.config.max_transient_fraction,
+                    max_rounds=self.config.max_rounds,
+                    round_wait_seconds=self.config.round_wait_seconds,
+                    stall_seconds=self.config.stall_seconds,
+                ),
+            )
+            stats = execution.label()
+        counts = audit(pinned.target, pinned.shard_rows)
+        summary = _summarise(self.output, record, counts, stats, started)
+        about = {"layout": asdict(layout), "versions": _versions(), "finished_at": datetime.now(UTC).isoformat()}
+        runs.create_success(self.output, record["run_id"], asdict(summary) | about)
+        return summary
+
+    def _layout(self, cluster: Cluster, num_rows: int) -> Layout:
+        config = self.config
+        return plan_layout(
+            cluster,
+            num_rows=num_rows,
+            device=config.device,
+            num_detectors=config.num_detectors,
+            gpus_per_detector=config.gpus_per_detector,
+            load_cpus=config.load_cpus,
+        )
+
+    def _fcos(self, layout: Layout) -> MakeDetector:
+        settings = {name: value for name, value in self.request.labelling["settings"].items() if name != "exact_resize"}
+        options = settings | {
+            "device": layout.device,
+            "num_threads": layout.detector_threads,
+            "max_micro_batch": self.config.max_micro_batch,
+        }
+        return functools.partial(_make_fcos, ray.put(self._weights), options)
+
+    def _load_settings(self) -> LoadSettings:
+        config = self.config
+        return LoadSettings(
+            fetch=self.fetch_policy,
+            max_pixels=config.max_pixels,
+            decode_deadline_seconds=config.decode_deadline_seconds,
+            decode_memory_bytes=config.decode_memory_bytes,
+            min_size=config.min_size,
+            max_size=config.max_size,
+            exact_resize=config.exact_resize,
+        )
+
+    def summary_of_finished(self, run_id: str, started: float) -> RunSummary:
+        """The summary of a run that needs nothing more."""
+        success = runs.read_success(self.output, run_id) or {}
+        kept = {name: success[name] for name in RunSummary.__dataclass_fields__ if name in success}
+        return RunSummary(**kept | {"state": "nothing_to_do", "wall_seconds": round(time.monotonic() - started, 3)})
+
+
+def _make_fcos(weights: ray.ObjectRef[Weights], options: Mapping[str, Any]) -> ImageDetector:
+    # The weights come through Ray's object store: one copy per node, none per detector.
+    return Detector(ray.get(weights), **options)
+
+
+def _labelling(weights: Weights, config: JobConfig) -> dict[str, Any]:
+    """What all runs of an output share: labelling.json."""
+    return {
+        "architecture": weights.architecture,
+        "weights": weights.name,
+        "weights_sha256": weights.sha256,
+        "categories": list(weights.categories),
+        "settings": config.labelling_settings(),
+    }
+
+
+def _categories(given: Sequence[str] | None) -> list[str] | None:
+    if given is not None and len(given) == 1 and Path(given[0]).is_file():
+        return [line.strip() for line in Path(given[0]).read_text().splitlines() if line.strip()]
+    return list(given) if given is not None else None
+
+
+def _fetch_policy(config: JobConfig, sources: Sequence[Source]) -> FetchPolicy:
+    folders = [storage.parent(s.uri) for s in sources if storage.parse_uri(s.uri).scheme == "file"]
+    roots = [Path(root) for root in config.allow_root or dict.fromkeys(folders)]
+    if absent := [str(root) for root in roots if not root.is_dir()]:
+        raise ConfigError(f"--allow-root {absent[0]}: no such folder")
+    return FetchPolicy(
+        allow_roots=tuple(str(root.resolve()) for root in roots),
+        max_bytes=config.max_image_bytes,
+        timeout_seconds=config.fetch_timeout_seconds,
+        deadline_seconds=config.fetch_deadline_seconds,
+        max_attempts=config.fetch_max_attempts,
+        concurrency=config.fetch_concurrency,
+    )
+
+
+def _plan_settings(config: JobConfig, fetch_policy: FetchPolicy) -> PlanSettings:
+    return PlanSettings(
+        partition_by=tuple(config.partition_by),
+        columns=None if config.columns is None else tuple(config.columns),
+        rename=config.rename,
+        limit=config.limit,
+        drop_duplicates=config.drop_duplicates,
+        refused_uris=config.refused_uris,
+        shard_rows=config.shard_rows,
+        max_files=config.max_files,
+        min_size=config.min_size,
+        max_size=config.max_size,
+        fetch=fetch_policy,
+        reserved_columns=RESERVED_COLUMNS,
+    )
+
+
+def _pinned_run(output: str, record: Mapping[str, Any], labelling: Mapping[str, Any]) -> PinnedRun:
+    files = (PinnedFile(f["name"], f["first_shard"], tuple(f["shard_rows"])) for f in record["files"])
+    run_id = record["run_id"]
+    return PinnedRun(
+        target=ShardTarget(output, run_id, tuple(record["partition_by"]), labelling),
+        folder=storage.join(runs.run_folder(output, run_id), record["attempt"]),
+        files=tuple(files),
+    )
+
+
+def _summarise(
+    output: str, record: Mapping[str, Any], counts: ShardCounts, stats: ExecutionStats, started: float
+) -> RunSummary:
+    rate = stats.images_per_second
+    return RunSummary(
+        state="complete",
+        output=output,
+        run_id=record["run_id"],
+        rows=counts.rows,
+        shards=record["num_shards"],
+        ok=counts.ok,
+        error=counts.error,
+        errors_by_code=counts.errors_by_code,
+        detections=counts.detections,
+        duplicates_dropped=record["duplicates_dropped"],
+        uris_refused=record["uris_refused"],
+        images_per_second=None if rate is None else round(rate, 3),
+        wall_seconds=round(time.monotonic() - started, 3),
+        startup_seconds=None if stats.first_commit is None else round(stats.first_commit - started, 3),
+        retries=counts.retries,
+        seconds={stage: round(seconds, 3) for stage, seconds in counts.seconds.items()},
+    )
+
+
+def _versions() -> dict[str, str]:
+    names = ("fcos-ray", "torch", "torchvision", "ray", "pyarrow", "pillow", "duckdb")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}

@@ -1,0 +1,202 @@
+"""Commit: a whole shard -> one file that appears at once. The file is the only record of progress. Knows no Ray."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fcos_ray import storage
+from fcos_ray.errors import ERROR_CODES, OutputError
+from fcos_ray.outputs.schema import DATA_SCHEMA, SCHEMA_VERSION
+
+METADATA_KEY: Final = b"fcos_ray"
+_CONTENT: Final = ("content_bytes", "content_etag", "content_last_modified", "content_sha256")
+_TRANSIENT: Final = {code: transient for code, (_, transient, _) in ERROR_CODES.items()}
+_DATA_FILE: Final = re.compile(r"(\d{8})\.parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardCounts:
+    """What a shard file holds, as said in its own metadata; `+` over shards gives a run's totals."""
+
+    rows: int = 0
+    ok: int = 0
+    error: int = 0
+    detections: int = 0
+    retries: int = 0  # fetch attempts beyond the first
+    errors_by_code: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # per stage, summed over images
+
+    def __add__(self, other: ShardCounts) -> ShardCounts:
+        seconds = {k: self.seconds.get(k, 0.0) + other.seconds.get(k, 0.0) for k in self.seconds | other.seconds}
+        return ShardCounts(
+            rows=self.rows + other.rows,
+            ok=self.ok + other.ok,
+            error=self.error + other.error,
+            detections=self.detections + other.detections,
+            retries=self.retries + other.retries,
+            errors_by_code=dict(Counter(self.errors_by_code) + Counter(other.errors_by_code)),
+            seconds=seconds,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTarget:
+    """Where shards of a run go, and what their files say about themselves."""
+
+    output: str
+    run_id: str
+    partition_by: tuple[str, ...]
+    labelling: Mapping[str, Any]
+
+    def data_uri(self, partition: str, shard: int) -> str:
+        """The name only the plan decides: detections/run=<run_id>/[<column>=<value>/…]<shard>.parquet"""
+        return storage.join(data_folder(self.output, self.run_id), *filter(None, [partition]), f"{shard:08d}.parquet")
+
+
+def data_folder(output: str, run_id: str) -> str:
+    """Where the shard files of a run lie."""
+    return storage.join(output, "detections", f"run={run_id}")
+
+
+def commit_shard(target: ShardTarget, shard: int, *, pinned: pa.Table, results: pa.Table) -> bool:
+    """Write a shard's file unless it exists. False: another writer was first, and its file stays.
+
+    `pinned` are the shard's rows of the pinned manifest in order, `results` one RESULT_SCHEMA row for each of them in any
+    order. Raises StorageError when it remains unknown whether the file exists.
+    """
+    partition = pinned["__partition"][0].as_py()
+    data = build_shard(target, shard, pinned=pinned, results=results)
+    temporary = storage.join(target.output, "runs", target.run_id, "tmp")
+    return storage.create(target.data_uri(partition, shard), data, temporary_folder=temporary)
+
+
+def build_shard(target: ShardTarget, shard: int, *, pinned: pa.Table, results: pa.Table) -> bytes:
+    """The bytes of a shard file: DATA_SCHEMA, then the manifest's own columns, rows in the pinned order."""
+    results = results.sort_by("row")
+    assert results["row"].to_numpy().tolist() == list(range(pinned.num_rows)), f"shard {shard} is not whole"
+    failed = pc.is_valid(results["error_code"])
+    columns: dict[str, Any] = {name: results[name] for name in results.column_names if name in DATA_SCHEMA.names}
+    columns["image_id"], columns["uri"] = pinned["image_id"], pinned["uri"]
+    columns["status"] = pc.if_else(failed, "error", "ok")
+    columns["error_transient"] = pa.array(
+        [_TRANSIENT.get(code) for code in results["error_code"].to_pylist()], pa.bool_()
+    )
+    columns["label_names"] = _label_names(results["labels"], target.labelling["categories"])
+    columns["run_id"] = pa.repeat(target.run_id, pinned.num_rows)
+    for name in _CONTENT:
+        if name in pinned.column_names:  # what the manifest knew, where the store did not say
+            columns[name] = pc.coalesce(columns[name], pinned[name].cast(DATA_SCHEMA.field(name).type))
+    table = pa.table([columns[f.name] for f in DATA_SCHEMA], schema=DATA_SCHEMA)
+    for name in pinned.column_names:
+        if name not in table.column_names and not name.startswith("__") and name not in target.partition_by:
+            table = table.append_column(pinned.schema.field(name), pinned[name])
+    about = _describe(target, shard, results)
+    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(about)})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return cast("bytes", sink.getvalue().to_pybytes())
+
+
+def _label_names(labels: pa.ChunkedArray, categories: Sequence[str]) -> pa.Array:
+    combined = labels.combine_chunks()
+    names = pa.array(categories, pa.string()).take(combined.flatten())
+    offsets = np.concatenate([[0], np.cumsum(pc.fill_null(pc.list_value_length(combined), 0).to_numpy())])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), names, mask=pc.is_null(combined))
+
+
+def _describe(target: ShardTarget, shard: int, results: pa.Table) -> dict[str, Any]:
+    """What a file says about itself. The attempt id makes every writer's bytes its own: see storage.create."""
+    counts = count_results(results)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": target.run_id,
+        "shard": shard,
+        "attempt": uuid.uuid4().hex,
+        "committed_at": datetime.now(UTC).isoformat(),
+        **target.labelling,
+        "counts": asdict(counts),
+    }
+
+
+def count_results(results: pa.Table) -> ShardCounts:
+    """Totals over result rows."""
+    codes = pc.value_counts(results["error_code"].drop_null()).to_pylist()
+    errors = {entry["values"]: entry["counts"] for entry in codes}
+    attempts = results["attempts"]
+    return ShardCounts(
+        rows=results.num_rows,
+        ok=results.num_rows - sum(errors.values()),
+        error=sum(errors.values()),
+        detections=pc.sum(pc.list_value_length(results["labels"])).as_py() or 0,
+        retries=(pc.sum(attempts).as_py() or 0) - len(attempts.drop_null()),
+        errors_by_code=errors,
+        seconds={
+            stage: round(float(pc.sum(results[f"{stage}_seconds"]).as_py() or 0.0), 4)
+            for stage in ("fetch", "decode", "detect")
+        },
+    )
+
+
+def list_committed(output: str, run_id: str) -> dict[int, str]:
+    """Shard number -> uri of every shard file of a run. Raises OutputError for a file that no run writes there."""
+    committed: dict[int, str] = {}
+    for file in storage.list_files(data_folder(output, run_id)):
+        match = _DATA_FILE.fullmatch(file.uri.rsplit("/", 1)[1])
+        if match is None or int(match[1]) in committed:
+            raise OutputError(f"{file.uri} was not written by this run; move it away, then run again")
+        committed[int(match[1])] = file.uri
+    return committed
+
+
+def audit(target: ShardTarget, shard_rows: Sequence[int]) -> ShardCounts:
+    """Hold what lies in the output against the plan, row by row, and add up what it holds.
+
+    Raises OutputError naming what is missing, doubled or foreign.
+    """
+    committed = list_committed(target.output, target.run_id)
+    if missing := [shard for shard in range(len(shard_rows)) if shard not in committed]:
+        raise OutputError(f"run {target.run_id}: {len(missing):,} shards are missing, such as {_some(missing)}")
+    if foreign := [shard for shard in committed if shard >= len(shard_rows)]:
+        raise OutputError(f"run {target.run_id}: shards {_some(foreign)} are not in the plan")
+    with ThreadPoolExecutor(16) as pool:
+        checks = pool.map(lambda shard: _audit_shard(target, shard, committed[shard], shard_rows[shard]), committed)
+        return sum(checks, ShardCounts())
+
+
+def _some(shards: Iterable[int]) -> str:
+    return ", ".join(str(shard) for shard in sorted(shards)[:5])
+
+
+def _audit_shard(target: ShardTarget, shard: int, uri: str, num_rows: int) -> ShardCounts:
+    def read() -> tuple[dict[str, Any], list[int]]:
+        with storage.open_for_reading(uri) as handle:
+            parquet = pq.ParquetFile(handle)
+            about = json.loads((parquet.schema_arrow.metadata or {}).get(METADATA_KEY, b"{}"))
+            return about, parquet.read(columns=["row"])["row"].to_pylist()
+
+    try:
+        about, rows = storage.retrying(f"auditing {uri}", read)
+    except (pa.ArrowException, ValueError) as error:
+        raise OutputError(f"{uri} cannot be read: {error}") from error
+    if (about.get("run_id"), about.get("shard")) != (target.run_id, shard):
+        raise OutputError(
+            f"{uri}: wanted shard {shard} of run {target.run_id}, got {about.get('shard')} of {about.get('run_id')}"
+        )
+    if rows != list(range(num_rows)):
+        raise OutputError(
+            f"{uri}: wanted rows 0 to {num_rows - 1} once each, got {len(rows)} rows, {len(set(rows))} distinct"
+        )
+    return ShardCounts(**about["counts"])

@@ -1,0 +1,239 @@
+"""Pipeline: shard numbers -> result rows. Composes the stages on Ray Data; the only room that builds Ray datasets.
+
+    shard numbers → read (CPU) → load (CPU): fetch, decode, shrink → detect (actor pool) → result rows
+
+A failing image becomes an error row here, and only here; it skips the stages after it and travels in the same stream.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+
+from fcos_ray.errors import DetectError, FetchError, ImageError
+from fcos_ray.inputs.fetch import FetchPolicy, fetch_many
+from fcos_ray.inputs.guard import GuardedDecoder
+from fcos_ray.inputs.pin import PinnedFile, read_shard
+from fcos_ray.inputs.plan import REFUSED
+from fcos_ray.layout import READ_CPUS, Layout
+from fcos_ray.outputs.schema import LOADED_SCHEMA, RESULT_SCHEMA
+from fcos_ray.types import Content, Detections, Image
+
+# Pixels per table that load hands on. Ray cuts and merges blocks at 128 MiB; half of it keeps two in hand cheap.
+_LOADED_BYTES: Final = 64 * 2**20
+
+
+class ImageDetector(Protocol):
+    """What the detect stage calls: one answer per image, an error for an image that fails alone."""
+
+    def detect(self, images: Sequence[Image]) -> list[Detections | DetectError]: ...
+
+
+class MakeDetector(Protocol):
+    """Builds a detector in its actor; picklable."""
+
+    def __call__(self) -> ImageDetector: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSettings:
+    """What the load stage needs."""
+
+    fetch: FetchPolicy
+    max_pixels: int
+    decode_deadline_seconds: float
+    decode_memory_bytes: int
+    min_size: int
+    max_size: int
+    exact_resize: bool
+
+
+def result_rows(
+    shards: Sequence[int],
+    *,
+    pinned_folder: str,
+    files: Sequence[PinnedFile],
+    load_settings: LoadSettings,
+    make_detector: MakeDetector,
+    layout: Layout,
+) -> Iterator[pa.Table]:
+    """Tables of RESULT_SCHEMA rows, in any order, as they are done; a row may come twice when Ray regenerates a block.
+
+    Raises what Ray raises when an execution ends early.
+    """
+    dataset = build(
+        shards,
+        pinned_folder=pinned_folder,
+        files=files,
+        load_settings=load_settings,
+        make_detector=make_detector,
+        layout=layout,
+    )
+    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+
+
+def build(
+    shards: Sequence[int],
+    *,
+    pinned_folder: str,
+    files: Sequence[PinnedFile],
+    load_settings: LoadSettings,
+    make_detector: MakeDetector,
+    layout: Layout,
+) -> ray.data.Dataset:
+    """The dataset of result rows: read, load and detect as stages of their own."""
+    numbers = ray.data.from_arrow(pa.table({"shard": pa.array(shards, pa.int32())}))
+    read = functools.partial(_read, pinned_folder=pinned_folder, files=tuple(files))
+    load = functools.partial(_load, settings=load_settings)
+    return (
+        numbers.repartition(target_num_rows_per_block=1, strict=True)
+        .map_batches(read, batch_format="pyarrow", num_cpus=READ_CPUS)
+        .repartition(target_num_rows_per_block=layout.load_rows, strict=True)
+        .map_batches(load, batch_format="pyarrow", num_cpus=layout.load_cpus, concurrency=layout.num_load_tasks)
+        .map_batches(
+            _Detect,
+            batch_format="pyarrow",
+            fn_constructor_kwargs={"make_detector": make_detector},
+            num_cpus=layout.detector_cpus,
+            num_gpus=layout.detector_gpus,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=layout.num_detectors),
+        )
+    )
+
+
+def _read(numbers: pa.Table, *, pinned_folder: str, files: Sequence[PinnedFile]) -> Iterator[pa.Table]:
+    for shard in numbers["shard"].to_pylist():
+        pinned = read_shard(pinned_folder, files, shard)
+        yield pa.table(
+            {
+                "shard": pa.repeat(pa.scalar(shard, pa.int32()), pinned.num_rows),
+                "row": pa.array(np.arange(pinned.num_rows, dtype=np.int32)),
+                "uri": pinned["uri"],
+                "refused": pinned[REFUSED],
+            }
+        )
+
+
+def _load(rows: pa.Table, *, settings: LoadSettings) -> Iterator[pa.Table]:
+    """Rows of (shard, row, uri, refused) -> tables of LOADED_SCHEMA, about _LOADED_BYTES of pixels each."""
+    waiting: list[dict[str, Any]] = []
+    waiting_bytes = 0
+    for row in _loaded_rows(rows.to_pylist(), settings):
+        waiting.append(row)
+        waiting_bytes += len(row.get("pixels") or b"")
+        if waiting_bytes > _LOADED_BYTES:
+            yield pa.Table.from_pylist(waiting, LOADED_SCHEMA)
+            waiting, waiting_bytes = [], 0
+    if waiting:
+        yield pa.Table.from_pylist(waiting, LOADED_SCHEMA)
+
+
+def _loaded_rows(rows: Sequence[dict[str, Any]], settings: LoadSettings) -> Iterator[dict[str, Any]]:
+    wanted = []
+    for row in rows:
+        if row["refused"] is None:
+            wanted.append(row)
+        else:
+            yield _key(row) | _failure(FetchError("uri_refused", row["refused"]))
+    started = time.perf_counter()
+    for index, content in fetch_many([row["uri"] for row in wanted], settings.fetch):
+        # Fetches overlap, so what counts is how long this task waited for the next one.
+        fetched = _key(wanted[index]) | {"fetch_seconds": time.perf_counter() - started}
+        if isinstance(content, Content):
+            yield fetched | _described(content) | _decoded(content.data, settings)
+        else:
+            yield fetched | _failure(content)
+        started = time.perf_counter()
+
+
+def _decoded(data: bytes, settings: LoadSettings) -> dict[str, Any]:
+    from fcos_ray.model.batches import shrink  # torch: 2 s that a worker pays only once it has bytes
+
+    started = time.perf_counter()
+    try:
+        image = _decoder(settings).decode(data)
+        pixels = image.pixels
+        if not settings.exact_resize:
+            pixels = shrink(pixels, min_size=settings.min_size, max_size=settings.max_size)
+    except ImageError as error:
+        return _failure(error) | {"decode_seconds": time.perf_counter() - started}
+    return {
+        "width": image.width,
+        "height": image.height,
+        "orientation": image.orientation,
+        "pixels": pixels.tobytes(),
+        "pixel_height": pixels.shape[0],
+        "pixel_width": pixels.shape[1],
+        "decode_seconds": time.perf_counter() - started,
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def _decoder(settings: LoadSettings) -> GuardedDecoder:
+    """One child per load worker process, kept between its tasks; it ends with the worker."""
+    return GuardedDecoder(
+        max_pixels=settings.max_pixels,
+        deadline_seconds=settings.decode_deadline_seconds,
+        memory_bytes=settings.decode_memory_bytes,
+    )
+
+
+def _key(row: dict[str, Any]) -> dict[str, Any]:
+    return {"shard": row["shard"], "row": row["row"]}
+
+
+def _failure(error: ImageError) -> dict[str, Any]:
+    return {"error_stage": error.stage, "error_code": error.code, "error_message": error.message[:1000]}
+
+
+def _described(content: Content) -> dict[str, Any]:
+    return {
+        "content_bytes": len(content.data),
+        "content_etag": content.etag,
+        "content_last_modified": content.last_modified,
+        "content_sha256": content.sha256,
+        "attempts": content.attempts,
+    }
+
+
+class _Detect:
+    """The actor of the detect stage."""
+
+    def __init__(self, make_detector: MakeDetector) -> None:
+        self._detector = make_detector()
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """LOADED_SCHEMA -> RESULT_SCHEMA."""
+        has_pixels = rows["pixels"].is_valid().to_pylist()
+        places = [i for i, there in enumerate(has_pixels) if there]
+        images = [_image(rows, i) for i in places]
+        started = time.perf_counter()
+        answers = self._detector.detect(images) if images else []
+        seconds = (time.perf_counter() - started) / max(1, len(images))
+        results = rows.select([name for name in rows.column_names if name in RESULT_SCHEMA.names]).to_pylist()
+        for place, answer in zip(places, answers, strict=True):
+            results[place]["detect_seconds"] = seconds
+            results[place] |= _found(answer) if isinstance(answer, Detections) else _failure(answer)
+        return pa.Table.from_pylist(results, RESULT_SCHEMA)
+
+
+def _image(rows: pa.Table, index: int) -> Image:
+    shape = (rows["pixel_height"][index].as_py(), rows["pixel_width"][index].as_py(), 3)
+    pixels = np.frombuffer(rows["pixels"][index].as_buffer(), np.uint8).reshape(shape)
+    return Image(pixels, height=rows["height"][index].as_py(), width=rows["width"][index].as_py())
+
+
+def _found(detections: Detections) -> dict[str, Any]:
+    return {
+        "boxes": detections.boxes.tolist(),
+        "labels": detections.labels.tolist(),
+        "scores": detections.scores.tolist(),
+    }

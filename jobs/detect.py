@@ -1,0 +1,57 @@
+"""Label a manifest of images: parse, run, print the summary as the last line on stdout.
+
+Exit codes: 0 complete; 2 settings, manifest or output wrong; 3 complete but above --max-error-fraction; 4 stopped with
+rows missing, the same command goes on; 130 interrupted, likewise.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # under `ray job submit` the package is the working dir's
+
+from fcos_ray.config import load_config
+from fcos_ray.errors import RunStopped, StorageError, UserError
+
+
+def main(arguments: list[str]) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("fcos_ray").setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        config = load_config(arguments)
+        from fcos_ray.job import run  # torch and Ray: 3 s that --help and a typo need not wait for
+
+        summary = run(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RunStopped, StorageError) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 4
+    except KeyboardInterrupt:
+        print("interrupted: what is committed stays; the same command goes on", file=sys.stderr)
+        return 130
+    print(json.dumps(asdict(summary)), flush=True)
+    if config.max_error_fraction is not None and summary.error_fraction > config.max_error_fraction:
+        print(
+            f"error: {summary.error_fraction:.2%} of the rows are errors, more than --max-error-fraction "
+            f"{config.max_error_fraction:.2%}",
+            file=sys.stderr,
+        )
+        return 3
+    return 0
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
