@@ -1,0 +1,271 @@
+"""Fetch: uri -> bytes. Knows networks and object stores, not images.
+
+All reading happens on s3fs's own event loop; whoever iterates over `fetch_many` only hashes and waits. Linux only: local
+files are opened through O_PATH and /proc.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import os
+import queue
+import stat
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import islice
+from typing import Any, Final
+
+import botocore.exceptions as boto  # type: ignore[import-untyped]
+from fsspec.asyn import get_loop
+
+from fcos_ray import storage
+from fcos_ray.errors import FetchError
+from fcos_ray.types import Content
+
+_SCHEMES: Final = ("s3", "file")
+_CHUNK_BYTES: Final = 2**20
+_EPOCH: Final = datetime.fromtimestamp(0, UTC)
+
+# The job's credentials are wrong, or not there yet, in this process. Nothing is known to be wrong with the object: the
+# row is worth a later run, but not ten tries now.
+_CREDENTIAL_CODES: Final = {"InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}
+_CREDENTIAL_ERRORS: Final = (
+    boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.TokenRetrievalError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class FetchPolicy:
+    """What may be read, and how long to try."""
+
+    allow_roots: tuple[str, ...] = ()  # absolute local folders below which files may be read; none by default
+    allow_schemes: tuple[str, ...] = _SCHEMES
+    max_bytes: int = 256 * 2**20  # of one image
+    timeout_seconds: float = 30.0  # one attempt
+    deadline_seconds: float = 120.0  # one image over all attempts
+    max_attempts: int = 10
+    concurrency: int = 32  # images in flight, or read and not yet taken
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.allow_schemes) - set(_SCHEMES))
+        if unknown:
+            raise ValueError(f"allow_schemes may hold {', '.join(_SCHEMES)}, got {', '.join(unknown)}")
+        if min(self.max_bytes, self.max_attempts, self.concurrency) < 1:
+            raise ValueError("max_bytes, max_attempts and concurrency must be at least 1")
+
+
+def reason_to_refuse(uri: str, policy: FetchPolicy) -> str | None:
+    """Why the settings forbid reading this uri, without looking at any disk or network; None when they do not.
+
+    Short, few and without the uri, so that a plan can count them. Links are followed, and checked again, when reading.
+    """
+    if "://" not in uri and not uri.startswith("/"):
+        return "malformed: neither an absolute path nor a uri with a scheme"
+    try:
+        location = storage.parse_uri(uri)
+    except storage.InvalidUri as error:
+        return f"malformed: {error}"
+    if location.scheme not in policy.allow_schemes:
+        return f"scheme {location.scheme} is not allowed"
+    if location.scheme == "s3" and not location.path.partition("/")[2]:
+        return "malformed: a bucket without a key"
+    if location.scheme == "file" and not any(_is_below(location.path, root) for root in policy.allow_roots):
+        return "outside the allowed roots"
+    return None
+
+
+def _is_below(path: str, root: str) -> bool:
+    return path.startswith(root.rstrip("/") + "/")
+
+
+def fetch_many(uris: Sequence[str], policy: FetchPolicy) -> Iterator[tuple[int, Content | FetchError]]:
+    """Read many, in order of completion, as (position in `uris`, its bytes or why there are none).
+
+    At most `policy.concurrency` are in flight or read and not yet taken: the next one starts when the caller comes
+    back. Closing the iterator ends what is in flight. Anything but a store's error (a bug) propagates.
+    """
+    loop = get_loop()
+    tasks: set[asyncio.Task[Any]] = set()
+    done: queue.SimpleQueue[tuple[int, Future[_Fetched | FetchError]]] = queue.SimpleQueue()
+    todo = enumerate(uris)
+    under_way = 0
+    try:
+        while True:
+            for index, uri in islice(todo, policy.concurrency - under_way):
+                future = asyncio.run_coroutine_threadsafe(_tracked(tasks, _fetch(uri, policy)), loop)
+                future.add_done_callback(partial(_report, done, index))
+                under_way += 1
+            if not under_way:
+                return
+            index, future = done.get()
+            fetched = future.result()
+            yield index, fetched if isinstance(fetched, FetchError) else fetched.content()
+            under_way -= 1
+    finally:
+        if under_way:
+            ending = asyncio.run_coroutine_threadsafe(_cancel(tasks), loop)
+            # A generator may be collected on the loop's own thread, which cannot wait for itself.
+            with suppress(TimeoutError):
+                ending.result(timeout=0 if _on(loop) else policy.timeout_seconds)
+
+
+def _report(done: queue.SimpleQueue[Any], index: int, future: Future[Any]) -> None:
+    done.put((index, future))
+
+
+async def _tracked(tasks: set[asyncio.Task[Any]], work: Coroutine[Any, Any, _Fetched | FetchError]) -> Any:
+    task = asyncio.current_task()
+    assert task is not None
+    tasks.add(task)
+    try:
+        return await work
+    finally:
+        tasks.discard(task)
+
+
+async def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
+    """Runs after every submitted coroutine has started: the loop keeps the order of submission."""
+    ending = list(tasks)
+    for task in ending:
+        task.cancel()
+    await asyncio.gather(*ending, return_exceptions=True)
+
+
+def _on(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetched:
+    data: bytes
+    etag: str | None
+    last_modified: datetime | None
+    attempts: int = 1
+
+    def content(self) -> Content:
+        """Hashed here, on the caller's thread: 256 MiB would stop the event loop for a fifth of a second."""
+        digest = hashlib.sha256(self.data).hexdigest()
+        return Content(self.data, self.etag, self.last_modified, digest, self.attempts)
+
+
+async def _fetch(uri: str, policy: FetchPolicy) -> _Fetched | FetchError:
+    """One image: attempts within a deadline."""
+    reason = reason_to_refuse(uri, policy)
+    if reason is not None:
+        return FetchError("uri_refused", reason)
+    attempt, last = 0, "no answer"
+    try:
+        async with asyncio.timeout(policy.deadline_seconds):
+            for attempt in range(1, policy.max_attempts + 1):
+                if attempt > 1:
+                    await asyncio.sleep(storage.backoff_seconds(attempt - 1))
+                try:
+                    async with asyncio.timeout(policy.timeout_seconds):
+                        return await _read(storage.parse_uri(uri), policy, attempt)
+                except FetchError as error:
+                    return error
+                except storage.STORE_ERRORS as error:
+                    if not storage.is_transient(error):
+                        return _for_good(error)
+                    last = storage.describe(error)
+                    if isinstance(error, TimeoutError):
+                        last = f"no whole answer within {policy.timeout_seconds:g} s"
+    except TimeoutError:
+        code, what = "fetch_timeout", f"not read within {policy.deadline_seconds:g} s, in attempt {attempt}"
+        return FetchError(code, f"{what}; before: {last}" if attempt > 1 else what)
+    return FetchError("fetch_failed", f"failed {policy.max_attempts} times, last: {last}")
+
+
+def _for_good(error: BaseException) -> FetchError:
+    """The code for an error that no retry mends."""
+    _, s3_code = storage.store_answer(error)
+    if s3_code in _CREDENTIAL_CODES or isinstance(error, _CREDENTIAL_ERRORS):
+        code = "fetch_failed"
+    elif isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        code = "not_found"
+    elif isinstance(error, PermissionError):
+        code = "forbidden"
+    elif isinstance(error, IsADirectoryError):
+        code = "not_a_file"
+    else:
+        code = "fetch_refused"
+    return FetchError(code, f"{s3_code}: {storage.describe(error)}" if s3_code else storage.describe(error))
+
+
+async def _read(location: storage.Location, policy: FetchPolicy, attempt: int) -> _Fetched:
+    if location.scheme == "s3":
+        return await _read_s3(location.path, policy, attempt)
+    # A thread that hangs on a dead network disk cannot be ended; the deadline leaves it behind.
+    return await asyncio.to_thread(_read_local, location.path, policy, attempt)
+
+
+async def _read_s3(path: str, policy: FetchPolicy, attempt: int) -> _Fetched:
+    """One GET. s3fs's cat_file would ask for the size first, and cuts `?versionId=` off a key."""
+    bucket, _, key = path.partition("/")
+    answer = await storage.s3()._call_s3("get_object", Bucket=bucket, Key=key)
+    body, expected = answer["Body"], answer.get("ContentLength")
+    try:
+        if expected is not None and expected > policy.max_bytes:
+            raise _too_large(f"{expected} bytes", policy)
+        chunks, num_bytes = [], 0
+        while chunk := await body.read(_CHUNK_BYTES):
+            chunks.append(chunk)
+            num_bytes += len(chunk)
+            if num_bytes > policy.max_bytes:
+                raise _too_large(f"at least {num_bytes} bytes", policy)
+    finally:
+        body.close()  # gives a connection back that was read to its end, and drops any other
+    if expected is not None and num_bytes != expected:
+        raise OSError(errno.EIO, f"{num_bytes} bytes came, {expected} were announced")
+    modified = answer.get("LastModified")
+    etag = answer.get("ETag", "").strip('"') or None
+    return _Fetched(b"".join(chunks), etag, modified.astimezone(UTC) if modified else None, attempt)
+
+
+def _read_local(path: str, policy: FetchPolicy, attempt: int) -> _Fetched:
+    """Look first, at a handle that cannot block or change anything; then read what was looked at, by that handle."""
+    handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        status = os.fstat(handle)
+        self_link = f"/proc/self/fd/{handle}"
+        real = os.readlink(self_link)  # noqa: PTH115
+        if not any(_is_below(real, os.path.realpath(root)) for root in policy.allow_roots):
+            raise FetchError("uri_refused", "outside the allowed roots after following links")
+        if not stat.S_ISREG(status.st_mode):
+            raise FetchError("not_a_file", f"a {_kind(status.st_mode)}")
+        if status.st_size > policy.max_bytes:
+            raise _too_large(f"{status.st_size} bytes", policy)
+        with open(self_link, "rb", buffering=0) as file:  # noqa: PTH123
+            data = _read_all(file.read, policy)
+    finally:
+        os.close(handle)
+    if len(data) > policy.max_bytes:
+        raise _too_large(f"at least {len(data)} bytes", policy)
+    return _Fetched(data, None, _EPOCH + timedelta(microseconds=status.st_mtime_ns // 1000), attempt)
+
+
+def _read_all(read: Callable[[int], bytes], policy: FetchPolicy) -> bytes:
+    chunks: list[bytes] = []
+    left = policy.max_bytes + 1
+    while left and (chunk := read(min(left, _CHUNK_BYTES))):
+        chunks.append(chunk)
+        left -= len(chunk)
+    return b"".join(chunks)
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
+
+
+def _too_large(what: str, policy: FetchPolicy) -> FetchError:
+    return FetchError("too_large", f"{what}, more than {policy.max_bytes}")

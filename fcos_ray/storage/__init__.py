@@ -1,0 +1,52 @@
+"""The one door to files: uri -> filesystem, list, read, create-if-absent. Knows no images and no Parquet.
+
+uris.py         a uri is a local path, `s3://bucket/key`, or another scheme that fsspec knows; parsed strictly
+retries.py      transient or permanent; how long to wait
+connections.py  uri -> filesystem, with deadlines
+listing.py      exists, list_files, list_folders, expand
+files.py        read_bytes, open_for_reading, create, delete, and the probe that a store honours create-if-absent
+"""
+
+from fcos_ray.storage.connections import OPERATION_SECONDS, S3_CONFIG, filesystem, s3
+from fcos_ray.storage.files import create, delete, open_for_reading, probe_create_if_absent, read_bytes
+from fcos_ray.storage.listing import StoredFile, exists, expand, list_files, list_folders
+from fcos_ray.storage.retries import (
+    MAX_ATTEMPTS,
+    STORE_ERRORS,
+    backoff_seconds,
+    describe,
+    is_transient,
+    retrying,
+    store_answer,
+)
+from fcos_ray.storage.uris import InvalidUri, Location, join, parent, parse_uri, without_userinfo
+
+__all__ = [
+    "MAX_ATTEMPTS",
+    "OPERATION_SECONDS",
+    "S3_CONFIG",
+    "STORE_ERRORS",
+    "InvalidUri",
+    "Location",
+    "StoredFile",
+    "backoff_seconds",
+    "create",
+    "delete",
+    "describe",
+    "exists",
+    "expand",
+    "filesystem",
+    "is_transient",
+    "join",
+    "list_files",
+    "list_folders",
+    "open_for_reading",
+    "parent",
+    "parse_uri",
+    "probe_create_if_absent",
+    "read_bytes",
+    "retrying",
+    "s3",
+    "store_answer",
+    "without_userinfo",
+]

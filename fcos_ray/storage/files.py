@@ -1,0 +1,188 @@
+"""Files: read, create-if-absent, delete. Knows no images and no Parquet."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
+
+from fcos_ray.errors import OutputError, StorageError
+from fcos_ray.storage.connections import OPERATION_SECONDS, deadline, filesystem, is_local, is_s3
+from fcos_ray.storage.listing import StoredFile, stat_file
+from fcos_ray.storage.retries import STORE_ERRORS, describe, retrying, store_answer
+from fcos_ray.storage.uris import join
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+
+def read_bytes(uri: str) -> bytes:
+    """A whole small file. Raises FileNotFoundError, PermissionError, StorageError."""
+    fs, path = filesystem(uri)
+    return cast("bytes", retrying(f"reading {uri}", lambda: fs.cat_file(path, **deadline(fs))))
+
+
+def open_for_reading(uri: str, *, block_bytes: int = 2**20) -> IO[bytes]:
+    """A seekable binary file. Raises FileNotFoundError, PermissionError, StorageError, also while reading.
+
+    On S3 every range is a request of its own with a deadline and retries (s3fs's file has no deadline, 2026.9).
+    """
+    fs, path = filesystem(uri)
+    if is_s3(fs):
+        found = stat_file(uri)
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, f"opening {uri}: no such object")
+        return cast("IO[bytes]", io.BufferedReader(_Ranges(fs, path, found), block_bytes))
+    return cast("IO[bytes]", retrying(f"opening {uri}", lambda: fs.open(path, "rb")))
+
+
+class _Ranges(io.RawIOBase):
+    """A stored object as a seekable file, one GET per read."""
+
+    def __init__(self, fs: Any, path: str, found: StoredFile) -> None:
+        self._fs, self._path, self._found = fs, path, found
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._found.num_bytes}[whence]
+        if base + offset < 0:
+            raise ValueError(f"seek to {base + offset}")
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        view = memoryview(buffer).cast("B")
+        start, stop = self._at, min(self._at + len(view), self._found.num_bytes)
+        if start >= stop:
+            return 0
+
+        def get() -> bytes:
+            data = self._fs.cat_file(self._path, start=start, end=stop, timeout=OPERATION_SECONDS)
+            if len(data) != stop - start:
+                raise OSError(errno.EIO, f"{len(data)} bytes came, {stop - start} were wanted")
+            return cast("bytes", data)
+
+        view[: stop - start] = retrying(f"reading {self._found.uri}", get)
+        self._at = stop
+        return stop - start
+
+
+def create(uri: str, data: bytes, *, temporary_folder: str | None = None) -> bool:
+    """Create a file that appears whole or not at all, and only if it is not there yet.
+
+    True: the file holds `data` (also when an earlier answer was lost and the object turns out to be ours: callers put
+    an attempt id into `data`, so equal bytes mean the same writer). False: another writer's file is there; it stays.
+    `temporary_folder` is where a local file is prepared (same disk; default: beside it).
+    Raises StorageError when it remains unknown, PermissionError and other OSErrors that no retry mends.
+    """
+    fs, path = filesystem(uri)
+    if is_local(fs):
+        folder = Path(temporary_folder) if temporary_folder else Path(path).parent
+        return retrying(f"creating {uri}", lambda: _create_local(Path(path), data, folder))
+
+    options = deadline(fs)
+    if is_s3(fs):
+        # One PUT up to 5 GiB: a multipart upload checks the condition late, and Ceph 16 not at all.
+        options = {"chunksize": 5 * 2**30, "timeout": OPERATION_SECONDS + len(data) / 2**20}
+
+    def put() -> bool:
+        try:
+            fs.pipe_file(path, data, mode="create", **options)
+        except OSError as error:
+            # Ceph and Swift answer the refusal as 412 without the Condition element; s3fs makes that EINVAL.
+            if isinstance(error, FileExistsError) or store_answer(error)[0] == 412:
+                return _same_bytes(fs, path, data)
+            raise
+        return True
+
+    return retrying(f"creating {uri}", put)
+
+
+def _same_bytes(fs: Any, path: str, data: bytes) -> bool:
+    return int(fs.info(path, **deadline(fs))["size"]) == len(data) and fs.cat_file(path, **deadline(fs)) == data
+
+
+def _create_local(path: Path, data: bytes, temporary_folder: Path) -> bool:
+    _make_folder(temporary_folder)
+    _make_folder(path.parent)
+    temporary = temporary_folder / f"{uuid.uuid4().hex}.tmp"
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            if path.stat().st_size != len(data) or path.read_bytes() != data:
+                return False
+        _fsync_folder(path.parent)
+        return True
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def _make_folder(folder: Path) -> None:
+    """mkdir -p whose new folders survive a power cut."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _fsync_folder(folder.parent)
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def delete(uri: str) -> None:
+    """Remove one file, if it is there. Only for files that nothing counts on."""
+    fs, path = filesystem(uri)
+    with suppress(FileNotFoundError):
+        retrying(f"deleting {uri}", lambda: fs.rm_file(path, **deadline(fs)))
+
+
+def probe_create_if_absent(folder: str) -> None:
+    """Require that `folder` can be written and that a second writer is refused. Raises OutputError, StorageError.
+
+    It finds a store that ignores the condition; not one that checks it but lets two racing writers through.
+    """
+    probe = join(folder, f".probe-{uuid.uuid4().hex}")
+    wanted = f"the output {folder} must let this job create files"
+    try:
+        created = create(probe, b"first")
+        created_again = create(probe, b"second")
+        kept = read_bytes(probe)
+    except FileNotFoundError as error:
+        raise OutputError(f"{wanted}: there is no such bucket or folder, make it first ({describe(error)})") from error
+    except PermissionError as error:
+        raise OutputError(f"{wanted}: allow reading, writing and listing there ({describe(error)})") from error
+    except STORE_ERRORS as error:
+        advice = "it is mounted read-only" if getattr(error, "errno", None) == errno.EROFS else "it refuses"
+        raise OutputError(f"{wanted}: {advice}, choose another output ({describe(error)})") from error
+    finally:
+        with suppress(*STORE_ERRORS, StorageError):  # a store may allow writing and not deleting
+            delete(probe)
+    if not created or created_again or kept != b"first":
+        raise OutputError(
+            f"{wanted} only if absent: a second create of {probe} was to be refused, but the store took it. It ignores "
+            "If-None-Match, so shards could be overwritten: choose a store that honours it (AWS S3, Ceph, a local disk)"
+        )

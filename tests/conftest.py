@@ -1,0 +1,85 @@
+"""Servers and clusters that tests share: a real S3 (Ceph RGW) and a local Ray, one of each per session."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports Ray or botocore.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")
+os.environ.setdefault("AWS_CONFIG_FILE", os.devnull)
+os.environ.setdefault("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.rgw import Credentials, RgwServer, missing_programs
+
+REQUIRE_SERVERS = os.environ.get("FCOS_RAY_REQUIRE_SERVERS") == "1"
+_ORDER = ("s3", "ray", "chaos")  # pure tests first, the dearest last
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if "s3_server" in fixtures and "ray_session" not in fixtures:
+            item.add_marker("s3")
+        if "ray_session" in fixtures:
+            item.add_marker("ray")
+    items.sort(key=lambda item: max([_ORDER.index(m.name) + 1 for m in item.iter_markers() if m.name in _ORDER] or [0]))
+
+
+def s3_environment(server: RgwServer, who: Credentials) -> dict[str, str]:
+    """What a process needs to talk to the server as one of its users."""
+    return {
+        "AWS_ACCESS_KEY_ID": who.access_key,
+        "AWS_SECRET_ACCESS_KEY": who.secret_key,
+        "AWS_ENDPOINT_URL": server.endpoint,
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        # Ceph 16 does not know the checksums that newer clients send by default.
+        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+    }
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[RgwServer]:
+    """The S3 server; this process, and what it starts from now on, is its user `owner`."""
+    missing = missing_programs()
+    if missing:
+        reason = f"no {', '.join(missing)}: apt-get install -y --no-install-recommends ceph-mon ceph-osd radosgw"
+        pytest.fail(reason) if REQUIRE_SERVERS else pytest.skip(reason)
+    with RgwServer() as server, pytest.MonkeyPatch.context() as environment:
+        for name, value in s3_environment(server, server.owner).items():
+            environment.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def s3_bucket(s3_server: RgwServer) -> str:
+    """A new, empty bucket, as a uri."""
+    from fcos_ray import storage
+
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    storage.s3().call_s3("create_bucket", Bucket=name, timeout=30)
+    return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def ray_session(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A local Ray with four logical CPUs. Its workers reach the S3 server too, when there is one."""
+    import ray
+
+    # Workers inherit the environment of ray.init, so the server comes first.
+    if not missing_programs():
+        request.getfixturevalue("s3_server")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield ray
+    ray.shutdown()
