@@ -1,0 +1,248 @@
+"""Detector: images -> detections, equal to torchvision's `model([image])`. Knows devices; all device code is here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.transform import resize_boxes
+
+from fcos_ray.errors import ConfigError, DetectError
+from fcos_ray.model.architectures import build_model, fold_batchnorm
+from fcos_ray.model.batches import Shape, micro_batches, padded_shape, resized_shape
+from fcos_ray.model.checks import check_image, check_settings, pick_device
+from fcos_ray.model.postprocess import Found, HeadOutputs, postprocess
+from fcos_ray.model.weights import Weights, load_weights
+from fcos_ray.types import Detections, Image
+
+log = logging.getLogger(__name__)
+
+# Micro-batches cost time on a CPU (1.13 s per image alone, 1.65 in fours: torch 2.14). 16 on CUDA is a guess of ours.
+MAX_MICRO_BATCH: Final = {"cpu": 1, "cuda": 16}
+
+
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """One image on its way to the device."""
+
+    pixels: NDArray[np.uint8] | Tensor  # (h, w, 3) uint8, or (3, h, w) float in 0–1
+    seen: Shape  # of the image as seen
+    resized: Shape  # what the model gets
+    padded: Shape
+
+    @property
+    def is_resized(self) -> bool:
+        return isinstance(self.pixels, np.ndarray) and self.pixels.shape[:2] == self.resized
+
+
+class Detector:
+    """FCOS on one device.
+
+    Images share a forward pass only where torchvision would pad them to the same shape alone: no result depends on its
+    neighbours.
+
+    `weights`: what `load_weights` takes, or what it returned; `num_classes` and `categories` are handed on to it.
+    `device`: "cpu", "cuda" or "cuda:<n>"; default: cuda where there is one. `precision`: "fp32", for now the only one.
+    `min_size`, `max_size`, `image_mean`, `image_std`, `score_threshold`, `nms_threshold`, `max_detections` and
+    `topk_candidates` mean what they mean in torchvision's FCOS, and have its defaults.
+    `max_micro_batch`: images in one forward pass at most; default 1 on a CPU, 16 on cuda. It changes speed, not results.
+    `num_threads`: torch's threads in this process; default: leave them.
+
+    Raises ConfigError for settings out of range and WeightsError for weights that cannot be used.
+    """
+
+    def __init__(
+        self,
+        weights: str | Weights = "COCO_V1",
+        *,
+        device: str | None = None,
+        precision: str = "fp32",
+        num_classes: int | None = None,
+        categories: Sequence[str] | None = None,
+        min_size: int = 800,
+        max_size: int = 1333,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+        score_threshold: float = 0.2,
+        nms_threshold: float = 0.6,
+        max_detections: int = 100,
+        topk_candidates: int = 1000,
+        max_micro_batch: int | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        self.device = pick_device(device)
+        if precision != "fp32":
+            raise ConfigError(f"precision must be fp32, the only one implemented, got {precision!r}")
+        self._size: dict[str, Any] = {"min_size": min_size, "max_size": max_size}
+        self._limits: dict[str, Any] = {"max_detections": max_detections, "topk_candidates": topk_candidates}
+        self._thresholds: dict[str, Any] = {"score_threshold": score_threshold, "nms_threshold": nms_threshold}
+        channels: dict[str, Any] = {"image_mean": image_mean, "image_std": image_std}
+        others: dict[str, Any] = {"max_micro_batch": max_micro_batch, "num_threads": num_threads}
+        check_settings(counts={**self._size, **self._limits, **others}, shares=self._thresholds, channels=channels)
+        if isinstance(weights, str):
+            weights = load_weights(weights, num_classes=num_classes, categories=categories)
+        elif num_classes is not None or categories is not None:
+            raise ConfigError("num_classes and categories belong to load_weights when weights are given loaded")
+        self.weights = weights
+        self.max_micro_batch = max_micro_batch or MAX_MICRO_BATCH[self.device.type]
+        self._lowered: dict[Shape, int] = {}  # micro-batches that did not fit into memory, by padded shape
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        if self.device.type == "cuda":
+            # fp32 means fp32: cuDNN convolutions use TF32 by default, 10 bits of mantissa
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        model: Any = fold_batchnorm(build_model(weights, **self._size, **self._limits, **self._thresholds, **channels))
+        self._mean = torch.tensor(model.transform.image_mean, device=self.device)[:, None, None]
+        self._std = torch.tensor(model.transform.image_std, device=self.device)[:, None, None]
+        self._model = model.to(self.device, memory_format=torch.channels_last)
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Names by label; 0 is the background."""
+        return self.weights.categories
+
+    def __call__(self, images: Sequence[NDArray[np.uint8] | Image | Tensor]) -> list[Detections]:
+        """Detect in images of any sizes: RGB uint8 (H, W, 3) arrays, `Image`s, or torchvision's float (3, H, W) in 0–1.
+
+        Raises ValueError for anything else, and DetectError for the first image that fails.
+        """
+        if isinstance(images, (np.ndarray, Tensor, Image)):
+            raise ValueError(f"images must be a list of images, got a single {type(images).__name__}")
+        results = []
+        for result in self._detect([check_image(image, index) for index, image in enumerate(images)]):
+            if isinstance(result, DetectError):
+                raise result
+            results.append(result)
+        return results
+
+    def detect(self, images: Sequence[Image]) -> list[Detections | DetectError]:
+        """Detect in images of any sizes; an image that fails gives its error instead. The order is kept.
+
+        An image may come already shrunk (`batches.shrink`): it is not resized again. Boxes are in pixels of the image as
+        seen, whichever size came. Raises ValueError for what is no image, or was shrunk to another detector's size.
+        """
+        return self._detect([check_image(image, index) for index, image in enumerate(images)])
+
+    def _detect(self, images: Sequence[Image | Tensor]) -> list[Detections | DetectError]:
+        results: dict[int, Detections | DetectError] = {}
+        inputs: dict[int, _Input] = {}
+        for index, image in enumerate(images):
+            try:
+                inputs[index] = self._input(image, index)
+            except DetectError as error:
+                results[index] = error
+        indices = list(inputs)
+        shapes = [inputs[index].padded for index in indices]
+        plan = micro_batches(shapes, max_images=self.max_micro_batch, lowered=self._lowered)
+        self._run([[indices[i] for i in batch] for batch in plan], inputs, results)
+        return [results[index] for index in range(len(images))]
+
+    def _input(self, image: Image | Tensor, index: int) -> _Input:
+        seen = (image.shape[1], image.shape[2]) if isinstance(image, Tensor) else (image.height, image.width)
+        resized, padded = resized_shape(*seen, **self._size), padded_shape(*seen, **self._size)
+        pixels = image if isinstance(image, Tensor) else image.pixels
+        if isinstance(pixels, np.ndarray) and pixels.shape[:2] not in (seen, resized):
+            raise ValueError(
+                f"images[{index}] is {seen[0]}×{seen[1]} (height × width) and was shrunk to "
+                f"{pixels.shape[0]}×{pixels.shape[1]}; this detector wants it shrunk to {resized[0]}×{resized[1]} "
+                f"(min_size={self._size['min_size']}, max_size={self._size['max_size']}), or not at all"
+            )
+        return _Input(pixels, seen, resized, padded)
+
+    @torch.inference_mode()
+    def _run(
+        self, plan: list[list[int]], inputs: dict[int, _Input], results: dict[int, Detections | DetectError]
+    ) -> None:
+        """Run micro-batches. On cuda the next one is copied there while the device works on the one before."""
+        running: tuple[list[int], HeadOutputs] | None = None
+        tensor: Tensor | None
+        for batch in [*plan, None]:
+            try:
+                tensor = None if batch is None else self._prepare([inputs[i] for i in batch])
+                if running is not None:
+                    results.update(
+                        zip(running[0], self._finish(running[1], [inputs[i] for i in running[0]]), strict=True)
+                    )
+                running = None if batch is None or tensor is None else (batch, self._forward(tensor))
+                continue
+            except torch.OutOfMemoryError:
+                again = ([running[0]] if running and running[0][0] not in results else []) + ([batch] if batch else [])
+            # outside of the except block, so that nothing of what failed is held any more
+            running = tensor = None
+            for part in again:
+                self._run_alone(part, inputs, results)
+
+    def _run_alone(
+        self, batch: list[int], inputs: dict[int, _Input], results: dict[int, Detections | DetectError]
+    ) -> None:
+        """One micro-batch with nothing beside it on the device; in halves when it does not fit."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        parts = [inputs[i] for i in batch]
+        try:
+            found = self._finish(self._forward(self._prepare(parts)), parts)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).split("\n")[0]
+        else:
+            results.update(zip(batch, found, strict=True))
+            return
+        shape, half = parts[0].padded, len(batch) // 2
+        if half == 0:
+            message = f"{shape[0]}×{shape[1]} (padded height × width) does not fit alone on {self.device}: {reason}"
+            results[batch[0]] = DetectError("out_of_memory", message)
+            return
+        self._lowered[shape] = min(self._lowered.get(shape, half), half)
+        log.warning("out of memory with %d images of %d×%d: going on with %d at a time", len(batch), *shape, half)
+        self._run_alone(batch[:half], inputs, results)
+        self._run_alone(batch[half:], inputs, results)
+
+    def _prepare(self, inputs: Sequence[_Input]) -> Tensor:
+        """(N, 3, H, W) channels_last on the device: normalised, then resized, then padded, in torchvision's order."""
+        height, width = inputs[0].padded
+        batch = torch.zeros((len(inputs), 3, height, width), device=self.device).to(memory_format=torch.channels_last)
+        for row, image in zip(batch, inputs, strict=True):
+            pixels = self._to_device(image.pixels)
+            pixels = pixels.sub(self._mean).div_(self._std)
+            if not image.is_resized:  # after normalising, as torchvision does
+                pixels = interpolate(pixels[None], size=image.resized, mode="bilinear", align_corners=False)[0]
+            row[:, : image.resized[0], : image.resized[1]].copy_(pixels)
+        return batch
+
+    def _to_device(self, pixels: NDArray[np.uint8] | Tensor) -> Tensor:
+        """(3, H, W) float32 in 0–1."""
+        if isinstance(pixels, Tensor):
+            return pixels.to(self.device, torch.float32)
+        # Copied into memory of torch's own: arrays out of Ray's object store are read-only, which torch cannot express.
+        # Pinned, the copy to the device does not wait.
+        own = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        np.copyto(own.numpy(), pixels)
+        return own.to(self.device, non_blocking=True).permute(2, 0, 1).to(torch.float32).div_(255)
+
+    def _forward(self, batch: Tensor) -> HeadOutputs:
+        features = list(self._model.backbone(batch).values())
+        heads = self._model.head(features)
+        return HeadOutputs(
+            **heads,
+            anchors=self._model.anchor_generator(ImageList(batch, [batch.shape[-2:]]), features)[0],
+            num_anchors_per_level=[level.shape[2] * level.shape[3] for level in features],
+        )
+
+    def _finish(self, outputs: HeadOutputs, inputs: Sequence[_Input]) -> list[Detections]:
+        found = postprocess(outputs, [image.resized for image in inputs], **self._limits, **self._thresholds)
+        return [_as_seen(f, image) for f, image in zip(found, inputs, strict=True)]
+
+
+def _as_seen(found: Found, image: _Input) -> Detections:
+    """Fetch from the device, boxes in pixels of the image as seen."""
+    boxes = resize_boxes(found.boxes.cpu(), image.resized, image.seen).numpy()
+    height, width = image.seen
+    np.minimum(boxes, np.array([width, height, width, height], dtype=np.float32), out=boxes)  # float32 rounds past it
+    return Detections(boxes=boxes, labels=found.labels.cpu().numpy(), scores=found.scores.cpu().numpy())

@@ -1,0 +1,102 @@
+"""Head outputs -> detections, as FCOS.postprocess_detections gives them. Knows tensors, not images or weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import BoxLinearCoder
+from torchvision.ops import batched_nms
+
+_CODER = BoxLinearCoder(normalize_by_size=True)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadOutputs:
+    """What backbone and head say about one micro-batch. A: anchors of all levels, one after the other."""
+
+    cls_logits: Tensor  # (N, A, K)
+    bbox_regression: Tensor  # (N, A, 4)
+    bbox_ctrness: Tensor  # (N, A, 1)
+    anchors: Tensor  # (A, 4) xyxy, the same for every image of a micro-batch
+    num_anchors_per_level: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One image's detections, on the device, scores descending."""
+
+    boxes: Tensor  # (n, 4) xyxy, pixels of the resized image
+    labels: Tensor  # (n,) int64
+    scores: Tensor  # (n,)
+
+
+def postprocess(
+    outputs: HeadOutputs,
+    image_shapes: Sequence[tuple[int, int]],
+    *,
+    score_threshold: float,
+    nms_threshold: float,
+    max_detections: int,
+    topk_candidates: int,
+) -> list[Found]:
+    """Per image what torchvision's FCOS finds: threshold, best `topk_candidates` of each level, decode, clip, NMS, cut.
+
+    `image_shapes`: (height, width) of each resized image within the padded micro-batch.
+    torchvision scores every (anchor, class), 2 million at 800×1333. Here the few that can pass are picked by their logit
+    first, for the whole micro-batch at once, and only they are scored.
+    """
+    found_logit = outputs.cls_logits > logit_below(score_threshold)
+    image, anchor, label = found_logit.nonzero(as_tuple=True)  # ascending: torchvision's order within each level
+    score = torch.sqrt(
+        torch.sigmoid(outputs.cls_logits[image, anchor, label]) * torch.sigmoid(outputs.bbox_ctrness[image, anchor, 0])
+    )
+    keep = _best_per_level(outputs, image, anchor, score, score_threshold, topk_candidates)
+    image, anchor, label, score = image[keep], anchor[keep], label[keep], score[keep]
+    boxes = _CODER.decode(outputs.bbox_regression[image, anchor], outputs.anchors[anchor])
+    boxes = _clip(boxes, torch.tensor(image_shapes, dtype=boxes.dtype, device=boxes.device)[image])
+
+    found = []
+    counts = torch.bincount(image, minlength=len(image_shapes)).tolist()
+    parts = (torch.split(part, counts) for part in (boxes, score, label))
+    for b, s, k in zip(*parts, strict=True):
+        best = batched_nms(b, s, k, nms_threshold)[
+            :max_detections
+        ]  # per image: its coordinate trick must not see others
+        found.append(Found(b[best], k[best], s[best]))
+    return found
+
+
+def logit_below(score_threshold: float) -> float:
+    """A classification logit that every score above the threshold exceeds.
+
+    √(σ(cls)·σ(ctr)) > t implies σ(cls) > t², since σ(ctr) ≤ 1. 1e-5 is far more than float32 loses on the way, and
+    keeps the logit finite at t = 1. Where t² comes near float32's denormals nothing is left out.
+    """
+    probability = score_threshold**2 * (1 - 1e-5)
+    return math.log(probability / (1 - probability)) if probability > 1e-30 else -math.inf
+
+
+def _best_per_level(
+    outputs: HeadOutputs, image: Tensor, anchor: Tensor, score: Tensor, score_threshold: float, topk_candidates: int
+) -> Tensor:
+    """Indices of the candidates above the threshold and among the best of their (image, level); images ascend."""
+    passed = torch.where(score > score_threshold)[0]
+    num_levels = len(outputs.num_anchors_per_level)
+    last = torch.tensor(outputs.num_anchors_per_level, device=anchor.device).cumsum(0)
+    level = torch.bucketize(anchor[passed], last, right=True)
+    num_images = outputs.cls_logits.shape[0]
+    counts = torch.bincount(image[passed] * num_levels + level, minlength=num_images * num_levels).tolist()
+    best = []
+    for indices in torch.split(passed, counts):
+        # topk also where nothing is cut: it decides the order of equal scores, and so which of them NMS keeps
+        best.append(indices[score[indices].topk(min(topk_candidates, len(indices))).indices])
+    return torch.cat(best)
+
+
+def _clip(boxes: Tensor, shapes: Tensor) -> Tensor:
+    """Clip each box to its own image. boxes: (n, 4) xyxy, shapes: (n, 2) height, width."""
+    return torch.minimum(boxes.clamp(min=0), shapes.flip(1).repeat(1, 2))

@@ -1,0 +1,125 @@
+"""The same head outputs through torchvision's post-processing and ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torchvision.models.detection import FCOS
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+
+from fcos_ray.model.postprocess import Found, HeadOutputs, logit_below, postprocess
+
+GRIDS = [(20, 26), (10, 13), (5, 7), (3, 4), (2, 2)]
+SHAPES = [(160, 208), (150, 201), (133, 180)]
+CLASSES = 11
+
+
+def head_outputs(seed: int, *, bias: float = -1.0, spread: float = 2.0, steps: float | None = None) -> HeadOutputs:
+    """Random outputs; `steps` rounds the logits, so that many scores are equal."""
+    g = torch.Generator().manual_seed(seed)
+    counts = [h * w for h, w in GRIDS]
+    logits = bias + spread * torch.randn(len(SHAPES), sum(counts), CLASSES, generator=g)
+    ctrness = torch.randn(len(SHAPES), sum(counts), 1, generator=g)
+    if steps is not None:
+        logits, ctrness = (logits / steps).round() * steps, torch.zeros_like(ctrness)
+    generator = AnchorGenerator(((8,), (16,), (32,), (64,), (128,)), ((1.0,),) * 5)
+    levels = [torch.zeros(1, 1, h, w) for h, w in GRIDS]
+    return HeadOutputs(
+        cls_logits=logits,
+        bbox_regression=4 * torch.rand(len(SHAPES), sum(counts), 4, generator=g),
+        bbox_ctrness=ctrness,
+        anchors=generator(ImageList(torch.zeros(1, 3, 160, 208), [(160, 208)]), levels)[0],
+        num_anchors_per_level=counts,
+    )
+
+
+def torchvisions(outputs: HeadOutputs, **limits: Any) -> list[dict[str, torch.Tensor]]:
+    class Settings:
+        box_coder = FCOS.__annotations__["box_coder"](normalize_by_size=True)
+        score_thresh, nms_thresh = limits["score_threshold"], limits["nms_threshold"]
+        detections_per_img, topk_candidates = limits["max_detections"], limits["topk_candidates"]
+
+    counts = list(outputs.num_anchors_per_level)
+    heads = {
+        name: list(getattr(outputs, name).split(counts, dim=1))
+        for name in ("cls_logits", "bbox_regression", "bbox_ctrness")
+    }
+    anchors = [list(outputs.anchors.split(counts)) for _ in SHAPES]
+    result: list[dict[str, torch.Tensor]] = FCOS.postprocess_detections(Settings(), heads, anchors, SHAPES)
+    return result
+
+
+def both(outputs: HeadOutputs, **changed: Any) -> tuple[list[Found], list[dict[str, torch.Tensor]]]:
+    limits = {"score_threshold": 0.2, "nms_threshold": 0.6, "max_detections": 100, "topk_candidates": 1000} | changed
+    return postprocess(outputs, SHAPES, **limits), torchvisions(outputs, **limits)
+
+
+def assert_equal(found: list[Found], wanted: list[dict[str, torch.Tensor]]) -> int:
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours.labels, theirs["labels"])
+        torch.testing.assert_close(ours.scores, theirs["scores"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours.boxes, theirs["boxes"], rtol=0, atol=1e-6)
+    return sum(len(ours.scores) for ours in found)
+
+
+@pytest.mark.parametrize("score_threshold", [0.0, 0.05, 0.2, 0.9])
+@pytest.mark.parametrize("topk_candidates", [10, 1000])
+@pytest.mark.parametrize("max_detections", [1, 100, 10**6])
+def test_random_head_outputs_give_torchvisions_detections(
+    score_threshold: float, topk_candidates: int, max_detections: int
+) -> None:
+    for seed, bias in enumerate([-5.0, -1.0, 2.0]):
+        numbers = {"score_threshold": score_threshold, "topk_candidates": topk_candidates}
+        found = assert_equal(*both(head_outputs(seed, bias=bias), max_detections=max_detections, **numbers))
+        assert found > 0 or (score_threshold == 0.9 and bias == -5.0)
+
+
+@pytest.mark.parametrize("nms_threshold", [0.0, 0.3, 1.0])
+def test_every_nms_threshold_gives_torchvisions_detections(nms_threshold: float) -> None:
+    assert assert_equal(*both(head_outputs(3), nms_threshold=nms_threshold, max_detections=10**6)) > 100
+
+
+@pytest.mark.parametrize("topk_candidates", [7, 100, 1000])
+def test_equal_scores_are_cut_and_suppressed_as_torchvision_does(topk_candidates: int) -> None:
+    outputs = head_outputs(4, steps=0.5)
+    assert assert_equal(*both(outputs, topk_candidates=topk_candidates, max_detections=10**6)) > 10
+
+
+def test_nothing_scores_above_one_and_nothing_passes_when_all_logits_are_low() -> None:
+    assert assert_equal(*both(head_outputs(5, bias=40.0), score_threshold=1.0)) == 0
+    assert assert_equal(*both(head_outputs(5, bias=-60.0))) == 0
+
+
+def test_scores_at_the_threshold_survive_the_test_on_logits() -> None:
+    """With centre-ness at one, σ(cls) = t² is the very edge: the logit test alone must never drop what the score keeps."""
+    for threshold in (1e-18, 1e-6, 0.05, 0.2, 0.5, 0.9, 0.999, 0.99999):
+        edge = 2 * torch.tensor(threshold, dtype=torch.float64).log() - torch.log1p(
+            -(torch.tensor(threshold, dtype=torch.float64) ** 2)
+        )
+        logits = (edge + torch.linspace(-1e-3, 1e-3, 20001, dtype=torch.float64) * max(1.0, abs(float(edge)))).float()
+        scores = torch.sqrt(torch.sigmoid(logits) * torch.sigmoid(torch.tensor(80.0)))
+        passing = scores > threshold
+        assert passing.any()
+        assert not passing.all()
+        assert (logits[passing] > logit_below(threshold)).all()
+
+
+def test_an_image_does_not_see_its_neighbours() -> None:
+    outputs = head_outputs(6)
+    together, _ = both(outputs)
+    for i in range(len(SHAPES)):
+        one = HeadOutputs(
+            outputs.cls_logits[i : i + 1],
+            outputs.bbox_regression[i : i + 1],
+            outputs.bbox_ctrness[i : i + 1],
+            outputs.anchors,
+            outputs.num_anchors_per_level,
+        )
+        alone = postprocess(
+            one, SHAPES[i : i + 1], score_threshold=0.2, nms_threshold=0.6, max_detections=100, topk_candidates=1000
+        )[0]
+        assert torch.equal(alone.labels, together[i].labels)
+        torch.testing.assert_close(alone.boxes, together[i].boxes, rtol=0, atol=1e-6)
