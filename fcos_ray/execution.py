@@ -6,6 +6,7 @@ same process, as long as it makes progress. What is missing is asked of the outp
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -82,7 +83,7 @@ class ExecutionStats:
 
 @contextmanager
 def ray_session() -> Iterator[Cluster]:
-    """A connection to Ray: the running one, else the cluster of RAY_ADDRESS, else a local Ray on loopback."""
+    """A connection to Ray: the running one, else the cluster of RAY_ADDRESS, else a local Ray, ended after."""
     ours = not ray.is_initialized()
     if ours:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -90,7 +91,7 @@ def ray_session() -> Iterator[Cluster]:
         if "RAY_ADDRESS" in os.environ:
             ray.init(**options)
         else:
-            ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+            ray.init(address="local", include_dashboard=False, **options)
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():  # ray.init replaces them
                 signal.signal(number, handler)
@@ -170,6 +171,7 @@ class Execution:
         gather = Gather({shard: self._run.shard_rows[shard] for shard in missing})
         set_aside: Counter[str] = Counter()
         trouble = ""
+        failure: Exception | None = None
         try:
             for rows in result_rows(
                 missing,
@@ -186,7 +188,10 @@ class Execution:
                         self._submit(whole)
                 trouble = self._reap(leave=_COMMITS_IN_FLIGHT) or trouble
         except (RayError, ExecutionTimeoutError) as error:
-            trouble = _restartable(error)
+            failure = error
+        if failure is not None:
+            _let_go(failure)
+            trouble = _restartable(failure)
         trouble = self._reap(leave=0) or trouble
         if set_aside:
             codes = ", ".join(f"{count:,} {code}" for code, count in set_aside.most_common())
@@ -232,6 +237,17 @@ class Execution:
         self.stats.last_commit = now
         if self._progress:
             self._progress.add(rows=rows, errors=rows - whole.rows["error_code"].null_count)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Forget the frames of an execution that failed: as long as they are held, so are its detectors and their CPUs and GPUs.
+
+    The next execution would wait for them for ever (Ray 2.60). What a stage raised stands in the error's own text.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+    gc.collect()
 
 
 def _restartable(error: BaseException) -> str:

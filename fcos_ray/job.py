@@ -84,12 +84,12 @@ def run(config: JobConfig, *, make_detector: MakeDetector | None = None) -> RunS
             case runs.Resume(run_id):
                 record = runs.read_run(job.output, run_id)
                 if config.dry_run:
-                    return job.planned(run_id, rows=record["num_rows"], shards=record["num_shards"])
+                    return job.planned(run_id, rows=record["num_rows"], shards=record["num_shards"], started=started)
                 logger.info("run %s is open: going on with its pinned plan", run_id)
             case runs.New(run_id):
                 with draft_plan(job.sources, job.plan_settings) as draft:
                     if config.dry_run:
-                        return job.planned(run_id, rows=draft.num_rows, shards=draft.num_shards)
+                        return job.planned(run_id, rows=draft.num_rows, shards=draft.num_shards, started=started)
                     record = job.pin(draft, run_id)
         summary = job.label(record, started)
         if record["request_digest"] == job.request.digest:
@@ -122,8 +122,9 @@ class _Job:
         self.fetch_policy = _fetch_policy(config, self.sources)
         self.plan_settings = _plan_settings(config, self.fetch_policy)
 
-    def planned(self, run_id: str, *, rows: int, shards: int) -> RunSummary:
-        return RunSummary("planned", self.output, run_id, rows=rows, shards=shards)
+    def planned(self, run_id: str, *, rows: int, shards: int, started: float) -> RunSummary:
+        seconds = round(time.monotonic() - started, 3)
+        return RunSummary("planned", self.output, run_id, rows=rows, shards=shards, wall_seconds=seconds)
 
     def pin(self, draft: Draft, run_id: str) -> dict[str, Any]:
         """Write the plan down; the record that counts is the one whose run.json came first."""

@@ -8,8 +8,10 @@ A failing image becomes an error row here, and only here; it skips the stages af
 from __future__ import annotations
 
 import functools
+import importlib
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -17,6 +19,9 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from numpy.typing import NDArray
+from ray.data._internal.logical.interfaces import LogicalPlan
+from ray.data._internal.logical.operators import StreamingRepartition
 
 from fcos_ray.errors import DetectError, FetchError, ImageError
 from fcos_ray.inputs.fetch import FetchPolicy, fetch_many
@@ -29,6 +34,7 @@ from fcos_ray.types import Content, Detections, Image
 
 # Pixels per table that load hands on. Ray cuts and merges blocks at 128 MiB; half of it keeps two in hand cheap.
 _LOADED_BYTES: Final = 64 * 2**20
+_READ_TASKS: Final = 1000  # at most; each reads its shards one after the other
 
 
 class ImageDetector(Protocol):
@@ -90,23 +96,48 @@ def build(
     layout: Layout,
 ) -> ray.data.Dataset:
     """The dataset of result rows: read, load and detect as stages of their own."""
-    numbers = ray.data.from_arrow(pa.table({"shard": pa.array(shards, pa.int32())}))
+    per_task = -(-len(shards) // _READ_TASKS)
+    numbers = [
+        pa.table({"shard": pa.array(shards[i : i + per_task], pa.int32())}) for i in range(0, len(shards), per_task)
+    ]
     read = functools.partial(_read, pinned_folder=pinned_folder, files=tuple(files))
     load = functools.partial(_load, settings=load_settings)
-    return (
-        numbers.repartition(target_num_rows_per_block=1, strict=True)
-        .map_batches(read, batch_format="pyarrow", num_cpus=READ_CPUS)
-        .repartition(target_num_rows_per_block=layout.load_rows, strict=True)
-        .map_batches(load, batch_format="pyarrow", num_cpus=layout.load_cpus, concurrency=layout.num_load_tasks)
-        .map_batches(
-            _Detect,
-            batch_format="pyarrow",
-            fn_constructor_kwargs={"make_detector": make_detector},
-            num_cpus=layout.detector_cpus,
-            num_gpus=layout.detector_gpus,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=layout.num_detectors),
-        )
+    readers = ray.data.TaskPoolStrategy(size=layout.num_read_tasks)
+    read_rows = ray.data.from_arrow(numbers).map_batches(
+        read, batch_format="pyarrow", num_cpus=READ_CPUS, compute=readers
     )
+    loaded = _cut(read_rows, layout.load_rows, readers).map_batches(
+        load,
+        batch_format="pyarrow",
+        num_cpus=layout.load_cpus,
+        compute=ray.data.TaskPoolStrategy(size=layout.num_load_tasks),
+    )
+    # One block a call, bounded in bytes. With GPUs the public map_batches insists on a number of rows (Ray 2.60), and would
+    # then wait until as many had gathered, however large their images are.
+    return loaded.map_batches_internal(
+        _Detect,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_constructor_kwargs={"make_detector": make_detector},
+        num_cpus=layout.detector_cpus,
+        num_gpus=layout.detector_gpus,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=layout.num_detectors),
+    )
+
+
+def _cut(dataset: ray.data.Dataset, num_rows: int, readers: ray.data.TaskPoolStrategy) -> ray.data.Dataset:
+    """`dataset.repartition(target_num_rows_per_block=num_rows)`, fused into the read stage before it.
+
+    That method has no parameter for what its tasks reserve, and its default of a whole CPU is never free beside a detector
+    on a one-core machine: Ray 2.60 waits for ever. With read's own share and pool it becomes a part of read.
+    """
+    operator = StreamingRepartition(
+        target_num_rows_per_block=num_rows,
+        input_dependencies=[dataset._logical_plan.dag],
+        ray_remote_args={"num_cpus": READ_CPUS},
+        compute=readers,
+    )
+    return ray.data.Dataset._from_parent(dataset, LogicalPlan(operator, dataset.context))
 
 
 def _read(numbers: pa.Table, *, pinned_folder: str, files: Sequence[PinnedFile]) -> Iterator[pa.Table]:
@@ -155,14 +186,12 @@ def _loaded_rows(rows: Sequence[dict[str, Any]], settings: LoadSettings) -> Iter
 
 
 def _decoded(data: bytes, settings: LoadSettings) -> dict[str, Any]:
-    from fcos_ray.model.batches import shrink  # torch: 2 s that a worker pays only once it has bytes
-
     started = time.perf_counter()
     try:
         image = _decoder(settings).decode(data)
         pixels = image.pixels
         if not settings.exact_resize:
-            pixels = shrink(pixels, min_size=settings.min_size, max_size=settings.max_size)
+            pixels = _shrink()(pixels, min_size=settings.min_size, max_size=settings.max_size)
     except ImageError as error:
         return _failure(error) | {"decode_seconds": time.perf_counter() - started}
     return {
@@ -174,6 +203,21 @@ def _decoded(data: bytes, settings: LoadSettings) -> dict[str, Any]:
         "pixel_width": pixels.shape[1],
         "decode_seconds": time.perf_counter() - started,
     }
+
+
+@functools.cache
+def _shrink() -> Callable[..., NDArray[np.uint8]]:
+    """model.batches.shrink; its torch costs 2 s, which only a worker that has pixels pays.
+
+    Imported beside the main thread: a cancelled task is interrupted there, and the half of torch that an interrupted import
+    leaves behind fails every later task of the worker (Ray 2.60, torch 2.14).
+    """
+    module = "fcos_ray.model.batches"
+    thread = threading.Thread(target=importlib.import_module, args=(module,))
+    thread.start()
+    thread.join()
+    shrink: Callable[..., NDArray[np.uint8]] = importlib.import_module(module).shrink
+    return shrink
 
 
 @functools.lru_cache(maxsize=1)

@@ -59,9 +59,9 @@ class RunProgress:
             self._bar.update(self._task, completed=self._done, rate=rate, errors=self._errors)
         elif now - self._last_line >= LINE_SECONDS:
             self._last_line = now
-            left = (self._num_rows - self._done) / rate if rate else float("inf")
+            left = f", about {(self._num_rows - self._done) / rate:,.0f} s left" if rate else ""
             logger.info(
-                "%s of %s rows (%.1f %%), %.1f images/s, %s errors, about %.0f s left",
+                "%s of %s rows (%.1f %%), %.1f images/s, %s errors%s",
                 f"{self._done:,}", f"{self._num_rows:,}", 100 * self._done / max(self._num_rows, 1), rate,
                 f"{self._errors:,}", left,
             )  # fmt: skip

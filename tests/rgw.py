@@ -110,8 +110,10 @@ class RgwServer:
         self._run("ceph-mon", "--mkfs", "-i", "a", "--monmap", monmap)
         self._spawn("ceph-mon", "-i", "a")
         self._wait("the monitor", lambda: self._succeeds("ceph", "mon", "stat"))
-        self._run("ceph", "osd", "new", osd_id, "0")
-        self._run("ceph", "osd", "crush", "add", "osd.0", "1.0", "host=localhost", "root=default")
+        # A monitor that answers may still not know its own cluster's id, and then refuses (once in a few dozen starts).
+        crush = ("ceph", "osd", "crush", "add", "osd.0", "1.0", "host=localhost", "root=default")
+        self._wait("the place of the disk", lambda: self._succeeds("ceph", "osd", "new", osd_id, "0"))
+        self._wait("the weight of the disk", lambda: self._succeeds(*crush))
         self._run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd_id)
         self._spawn("ceph-osd", "-i", "0")
         self._spawn("radosgw", "--id", "rgw.test")

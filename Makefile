@@ -1,0 +1,34 @@
+# `make test` sets itself up on a fresh machine: a virtual environment beside this file, made anew when pyproject.toml changes.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install test test-fast lint chaos clean
+
+help:  ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+install: $(INSTALLED)  ## the virtual environment with everything
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+test: install  ## every test that this machine can run: pure, S3 server, Ray, kills
+	$(BIN)/python -m pytest
+
+test-fast: install  ## the pure tests, under a minute or so
+	$(BIN)/python -m pytest -m "not s3 and not ray and not chaos"
+
+chaos: install  ## only the kills
+	$(BIN)/python -m pytest -m chaos
+
+lint: install  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

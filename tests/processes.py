@@ -1,0 +1,85 @@
+"""Processes as /proc shows them: what a driver started, and which of it is a load worker or a detector."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+JOBS = Path(__file__).parents[1] / "jobs"
+
+
+def start_job(name: str, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """`python jobs/<name>.py …` as a user starts it."""
+    return subprocess.Popen(
+        [sys.executable, str(JOBS / f"{name}.py"), *arguments],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def run_job(
+    name: str, *arguments: str, environment: dict[str, str] | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """The same, to its end."""
+    with start_job(name, *arguments, environment=environment) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            kill_tree(process.pid)
+            out, err = process.communicate()
+            raise AssertionError(f"{name} {arguments} did not end within {timeout} s:\n{err[-4000:]}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def descendants(pid: int) -> list[int]:
+    """Every living process below this one."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if fields[0] != "Z":
+                    parents.setdefault(int(fields[1]), []).append(int(entry.name))
+    found, waiting = [], [pid]
+    while waiting:
+        children = parents.get(waiting.pop(), [])
+        found += children
+        waiting += children
+    return found
+
+
+def titled(pid: int, words: str) -> list[int]:
+    """Descendants whose command line holds these words: Ray writes there what a worker is doing."""
+    found = []
+    for child in descendants(pid):
+        with contextlib.suppress(OSError):
+            if words in Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"):
+                found.append(child)
+    return found
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def kill_tree(pid: int) -> None:
+    for child in [*descendants(pid), pid]:
+        kill(child)
+
+
+def wait_until(condition: Callable[[], bool], what: str, *, timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout} s for {what}"
+        time.sleep(0.05)
+
+
+def flags(**settings: object) -> Sequence[str]:
+    """shard_rows=4 -> --shard-rows 4"""
+    return [part for name, value in settings.items() for part in (f"--{name.replace('_', '-')}", str(value))]
