@@ -29,7 +29,7 @@ from fcos_ray.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Triple = tuple[float, float, float]
 
 ENV_PREFIX = "FCOS_RAY_"
@@ -126,7 +126,7 @@ class JobConfig(BaseModel):
     max_rounds: CliSuppress[Positive] = Field(
         5, description="Executions over missing shards without progress, then stop"
     )
-    round_wait_seconds: CliSuppress[Annotated[float, Field(ge=0)]] = Field(
+    round_wait_seconds: CliSuppress[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         15.0, description="Wait before the first execution over missing shards; doubles up to 8 times this"
     )
     stall_seconds: CliSuppress[Seconds] = Field(900.0, description="No progress for so long ends an execution")
@@ -236,13 +236,15 @@ def _explain(error: ValidationError) -> str:
         name = ".".join(str(part) for part in problem["loc"]).split(".")[0]
         if problem["type"] == "extra_forbidden":
             lines.append(_unknown(name))
-        elif problem["type"] == "missing":
+        elif problem["type"] == "missing" and len(problem["loc"]) == 1:
             field = JobConfig.model_fields[name]
             lines.append(f"{name} is missing: {field.description} (--{name.replace('_', '-')}, or {name} = … in TOML)")
         else:
-            message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+            message = re.sub(r"^(Value error,|Input|String|List) ", "", problem["msg"])
+            if problem["type"] == "missing":  # within a setting that holds several values
+                message = "has too few values"
             lines.append(f"{name} {message}, got {problem['input']!r}" if name else message)
-    return "; ".join(lines)
+    return "; ".join(dict.fromkeys(lines))
 
 
 def _explain_flags(message: str, arguments: list[str]) -> str:
@@ -250,15 +252,21 @@ def _explain_flags(message: str, arguments: list[str]) -> str:
     for argument in arguments:
         flag = argument.split("=")[0]
         if flag.startswith("--") and flag not in known and flag.replace("--no-", "--", 1) not in known:
-            return _unknown(flag.removeprefix("--").replace("-", "_"), flag=True)
+            return _unknown(flag.removeprefix("--"), flag=True)
+    if found := re.search(r"Parsing error encountered for (\w+)", message):
+        shape = "old=new" if found[1] == "rename" else "values with commas between, or a JSON list"
+        return f"--{found[1].replace('_', '-')} wants {shape}"
+    if found := re.search(r'value for field "(\w+)" from source "EnvSettingsSource"', message):
+        name = f"{ENV_PREFIX}{found[1].upper()}"
+        shape = '{"old": "new"}' if found[1] == "rename" else '["a", "b"]'
+        return f"{name} wants JSON such as {shape}, got {os.environ.get(name)!r}"
     return message.removeprefix("error parsing CLI: ")
 
 
 def _unknown(name: str, *, flag: bool = False) -> str:
-    nearest = difflib.get_close_matches(name, list(_OutsideConfig.model_fields), n=1, cutoff=0.5)
-
-    def spelled(word: str) -> str:
-        return f"--{word.replace('_', '-')}" if flag else word
-
-    hint = f"; did you mean {spelled(nearest[0])}?" if nearest else "; --help lists the settings"
-    return f"there is no setting {spelled(name)}{hint}"
+    """Words for a setting that is not there; `name` as it was written, without the dashes before a flag."""
+    known = [field.replace("_", "-") if flag else field for field in _OutsideConfig.model_fields]
+    dashes = "--" if flag else ""
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {dashes}{nearest[0]}?" if nearest else "; --help lists the settings"
+    return f"there is no setting {dashes}{name}{hint}"

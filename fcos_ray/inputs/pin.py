@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fcos_ray import storage
-from fcos_ray.inputs.manifests import quote
 from fcos_ray.inputs.plan import KNOWN_COLUMNS, PARTITION, REFUSED, Draft
+from fcos_ray.inputs.scans import quote
 
 GROUPS_PER_FILE: Final = 64  # a footer costs 1.3 KB per row group of ten columns, and every shard's reader reads it
 _FILE_BYTES: Final = 48 * 2**20  # below s3fs' multipart threshold

@@ -5,6 +5,7 @@ DuckDB does the work out of core; everything a user got wrong is said here, befo
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,17 +21,21 @@ from duckdb.func import PythonUDFType
 from fcos_ray import storage
 from fcos_ray.errors import ManifestError
 from fcos_ray.inputs import manifests
-from fcos_ray.inputs.fetch import FetchPolicy, reason_to_refuse
-from fcos_ray.inputs.manifests import FILE, Source, literal, quote
+from fcos_ray.inputs.fetch import FetchPolicy
+from fcos_ray.inputs.manifests import Loaded, Source
+from fcos_ray.inputs.resolve import resolver
+from fcos_ray.inputs.scans import FILE, literal, quote
 
 # Manifest columns with a meaning of their own, and the type each is read as. They are not carried along as they are.
 KNOWN_COLUMNS: Final = {
     "width": "BIGINT", "height": "BIGINT", "content_bytes": "BIGINT", "content_etag": "VARCHAR",
     "content_last_modified": "TIMESTAMPTZ", "content_sha256": "VARCHAR",
 }  # fmt: skip
+_MEANINGS: Final = {"BIGINT": "a whole number", "VARCHAR": "a string", "TIMESTAMPTZ": "a time"}
 # Columns of a pinned manifest that are not the user's.
 REFUSED, PARTITION = "__refused", "__partition"
 _EXAMPLES: Final = 3
+_ELEMENT_BYTES: Final = 240  # of a path element; disks take 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,21 +87,28 @@ def draft_plan(sources: Sequence[Source], settings: PlanSettings) -> Iterator[Dr
         connection = duckdb.connect(str(Path(folder) / "plan.duckdb"), config={"temp_directory": folder})
         try:
             connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
-            types = manifests.load(connection, sources, rename=settings.rename, limit=settings.limit)
-            yield _validate(connection, types, sources, settings)
+            loaded = manifests.load(
+                connection, sources, rename=settings.rename, limit=settings.limit, keep=_needed(settings)
+            )
+            yield _validate(connection, loaded, sources, settings)
         finally:
             connection.close()
 
 
+def _needed(settings: PlanSettings) -> set[str] | None:
+    """The columns to load: the rest need not even have a type that comes out exact. None: all."""
+    if settings.columns is None:
+        return None
+    return {"uri", "image_id", *KNOWN_COLUMNS, *settings.partition_by, *settings.columns}
+
+
 def _validate(
-    connection: duckdb.DuckDBPyConnection,
-    types: dict[str, pa.DataType],
-    sources: Sequence[Source],
-    settings: PlanSettings,
+    connection: duckdb.DuckDBPyConnection, loaded: Loaded, sources: Sequence[Source], settings: PlanSettings
 ) -> Draft:
-    passthrough = _check_columns(types, sources, settings)
+    types = loaded.types
     if not _count(connection, "SELECT count(*) FROM manifest"):
-        raise ManifestError(f"{sources[0].uri}: the manifest has no rows")
+        raise ManifestError(f"{_where(sources)}: the manifest has no rows")
+    passthrough = _check_columns(loaded, sources, settings)
     _refuse_rows(connection, "uri", "uri IS NULL OR CAST(uri AS VARCHAR) = ''", "is null or empty")
     for name in ("image_id", *settings.partition_by):
         if name in types:
@@ -104,11 +116,16 @@ def _validate(
             _refuse_rows(connection, name, empty, "is null or empty")
     for name, sql_type in KNOWN_COLUMNS.items():
         if name in types:
-            unfit = f"{quote(name)} IS NOT NULL AND TRY_CAST({quote(name)} AS {sql_type}) IS NULL"
-            _refuse_rows(connection, name, unfit, f"is not a {sql_type.lower()}")
+            unfit = f"TRY_CAST({quote(name)} AS {sql_type}) IS NULL"
+            if sql_type == "BIGINT":  # 2.7 would be cast to 3
+                unfit += f" OR TRY_CAST({quote(name)} AS DOUBLE) <> TRY_CAST({quote(name)} AS BIGINT)"
+            _refuse_rows(connection, name, f"{quote(name)} IS NOT NULL AND ({unfit})", f"is not {_MEANINGS[sql_type]}")
+    for name in settings.partition_by:
+        null = f"CAST({quote(name)} AS VARCHAR) = '__HIVE_DEFAULT_PARTITION__'"
+        _refuse_rows(connection, name, null, "holds what every reader of partitions takes for null,")
     _add_working_columns(connection, types, sources, settings)
     num_refused = _refused_uris(connection, settings)
-    num_dropped = _duplicates(connection, settings)
+    num_dropped = _duplicates(connection, settings, key="image_id" if "image_id" in types else "uri")
     partitions = tuple(
         (str(path), int(rows))
         for path, rows in connection.execute(
@@ -123,49 +140,61 @@ def _validate(
 
 
 def _count(connection: duckdb.DuckDBPyConnection, sql: str) -> int:
-    row = connection.execute(sql).fetchone()
-    assert row is not None
-    return int(row[0])
+    # All rows are taken: a result that is not read to its end blocks the connection's next query (DuckDB 2.0).
+    return int(connection.execute(sql).fetchall()[0][0])
 
 
-def _check_columns(
-    types: dict[str, pa.DataType], sources: Sequence[Source], settings: PlanSettings
-) -> dict[str, pa.DataType]:
+def _where(sources: Sequence[Source]) -> str:
+    return sources[0].uri if len(sources) == 1 else f"{sources[0].uri} and {len(sources) - 1} more"
+
+
+def _check_columns(loaded: Loaded, sources: Sequence[Source], settings: PlanSettings) -> dict[str, pa.DataType]:
     """The passthrough columns. Raises ManifestError for a column that is missing, clashes or cannot do what is asked."""
-    where = sources[0].uri if len(sources) == 1 else f"{sources[0].uri} and {len(sources) - 1} more"
+    where, types = _where(sources), loaded.types
     for name in ("uri", *settings.partition_by, *(settings.columns or ())):
         if name not in types:
             hint = "; --rename <column>=uri says which column holds the uris" if name == "uri" else ""
-            raise ManifestError(f"{where}: {manifests.unknown_column(name, types)}{hint}")
-    if not pa.types.is_string(types["uri"]) and not pa.types.is_large_string(types["uri"]):
-        raise ManifestError(f"{where}: column 'uri' wanted strings, got {types['uri']}")
-    if "image_id" in types and not _is_key(types["image_id"]):
+            raise ManifestError(f"{where}: {manifests.unknown_column(name, loaded.names)}{hint}")
+    for name in ("uri", "content_etag", "content_sha256"):
+        if name in types and not _is_string(types[name]):
+            raise ManifestError(f"{where}: column {name!r} wanted strings, got {types[name]}")
+    if "image_id" in types and not (_is_string(types["image_id"]) or pa.types.is_integer(types["image_id"])):
         raise ManifestError(f"{where}: column 'image_id' wanted strings or integers, got {types['image_id']}")
     for name in settings.partition_by:
-        if name in ("uri", "image_id") or not (_is_key(types[name]) or pa.types.is_date32(types[name])):
-            raise ManifestError(
-                f"{where}: column {name!r} cannot partition; wanted strings, integers, booleans or dates, got {types[name]}"
-            )
-        if not name.replace("_", "").replace("-", "").isalnum():
-            raise ManifestError(
-                f"{where}: partition column {name!r} must be letters, digits, _ and - to stand in a path"
-            )
+        _check_partition_column(where, name, types[name], settings)
     own = {"uri", "image_id", *KNOWN_COLUMNS}
     chosen = set(settings.columns) if settings.columns is not None else set(types)
     carried = {name: types[name] for name in types if name not in own and name in chosen | set(settings.partition_by)}
     for name in carried:
-        if name.casefold() in settings.reserved_columns or name.startswith("__"):
+        # rowid is DuckDB's own name for the place of a row, which the plan relies on.
+        if name.casefold() in settings.reserved_columns | {"rowid"} or name.startswith("__"):
             raise ManifestError(
                 f"{where}: column {name!r} clashes with a column of the output; --rename {name}=manifest_{name.strip('_')}"
             )
     return carried
 
 
-def _is_key(type_: pa.DataType) -> bool:
-    return any(
-        check(type_)
-        for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_boolean)
-    )
+def _check_partition_column(where: str, name: str, type_: pa.DataType, settings: PlanSettings) -> None:
+    if name in ("uri", "image_id", *KNOWN_COLUMNS):
+        raise ManifestError(
+            f"{where}: column {name!r} cannot partition, because every output file has a column of that name"
+        )
+    if not (
+        _is_string(type_) or any(is_(type_) for is_ in (pa.types.is_integer, pa.types.is_boolean, pa.types.is_date32))
+    ):
+        raise ManifestError(
+            f"{where}: column {name!r} cannot partition; wanted strings, integers, booleans or dates, got {type_}"
+        )
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ManifestError(
+            f"{where}: partition column {name!r} must be letters, digits, _ and - to stand in a path; --rename it"
+        )
+    if settings.partition_by.count(name) > 1:
+        raise ManifestError(f"partition column {name!r} is given twice")
+
+
+def _is_string(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))
 
 
 def _refuse_rows(connection: duckdb.DuckDBPyConnection, column: str, condition: str, problem: str) -> None:
@@ -180,7 +209,7 @@ def _refuse_rows(connection: duckdb.DuckDBPyConnection, column: str, condition: 
         f"{file} row {_row_in_file(connection, file, row)}" + (f" ({value!r:.80})" if value not in (None, "") else "")
         for file, row, value in found
     )
-    raise ManifestError(f"column {column!r} {problem} in {total:,} row{'s' if total > 1 else ''}: {examples}")
+    raise ManifestError(f"column {column!r} {problem} in {_number(total, 'row')}: {examples}")
 
 
 def _row_in_file(connection: duckdb.DuckDBPyConnection, file: str, row: int) -> int:
@@ -196,14 +225,7 @@ def _add_working_columns(
     """Table `planned`: per manifest row its resolved uri, id, reason of refusal, partition path and padded shape."""
     folders = {source.uri: storage.parent(source.uri) for source in sources}
 
-    def resolve(uris: pa.ChunkedArray, files: pa.ChunkedArray) -> pa.Array:
-        pairs = [
-            resolve_uri(uri, folder=folders[file], policy=settings.fetch)
-            for uri, file in zip(uris.to_pylist(), files.to_pylist(), strict=True)
-        ]
-        columns = [pa.array([pair[i] for pair in pairs], pa.string()) for i in (0, 1)]
-        return pa.StructArray.from_arrays(columns, names=["uri", "reason"])
-
+    resolve = resolver(folders, settings.fetch)
     kind = "STRUCT(uri VARCHAR, reason VARCHAR)"
     connection.create_function("resolve_uri", resolve, ["VARCHAR", "VARCHAR"], kind, type=PythonUDFType.ARROW)
     connection.create_function("hive_escape", _hive_escape, ["VARCHAR"], "VARCHAR", type=PythonUDFType.ARROW)
@@ -211,11 +233,11 @@ def _add_working_columns(
         f"'{name}=' || hive_escape(CAST({quote(name)} AS VARCHAR))" for name in settings.partition_by
     )
     shape = _padded_shape_sql(settings) if {"width", "height"} <= types.keys() else "0"
-    identity = "CAST(image_id AS VARCHAR)" if "image_id" in types else "resolved.uri"
+    identity = "CAST(image_id AS VARCHAR)" if "image_id" in types else "__resolved.uri"
     connection.execute(
-        f"CREATE TABLE planned AS SELECT rowid AS number, resolved.uri AS uri, resolved.reason AS {REFUSED}, "
+        f"CREATE TABLE planned AS SELECT rowid AS number, __resolved.uri AS uri, __resolved.reason AS {REFUSED}, "
         f"{identity} AS image_id, {path or literal('')} AS {PARTITION}, {shape} AS shape "
-        f"FROM (SELECT *, rowid, resolve_uri(CAST(uri AS VARCHAR), {FILE}) AS resolved FROM manifest)"
+        f"FROM (SELECT *, rowid, resolve_uri(CAST(uri AS VARCHAR), {FILE}) AS __resolved FROM manifest)"
     )
 
 
@@ -231,45 +253,32 @@ def _padded_shape_sql(settings: PlanSettings) -> str:
     return f"coalesce({padded[0]} * 100000 + {padded[1]}, 0)"
 
 
-def resolve_uri(uri: str, *, folder: str, policy: FetchPolicy) -> tuple[str, str | None]:
-    """(resolved uri, None), or (the uri without user information, why it may not be read).
-
-    A relative uri is relative to `folder`, where its manifest lies. No I/O: links are resolved when the image is read.
-    """
-    if "://" in uri or uri.startswith("/"):
-        absolute = uri
-    else:
-        try:
-            base = storage.parse_uri(folder)
-        except storage.InvalidUri as error:
-            return uri, f"malformed: {error}"
-        parts = [part for part in uri.split("/") if part not in ("", ".")]
-        if ".." in parts and base.scheme != "file":
-            return uri, "malformed: '..' in a relative uri"
-        absolute = storage.join(folder, *parts)
-    reason = reason_to_refuse(absolute, policy)
-    if reason is not None:
-        return storage.without_userinfo(uri), reason
-    return storage.parse_uri(absolute).uri, None
-
-
 def _refused_uris(connection: duckdb.DuckDBPyConnection, settings: PlanSettings) -> int:
     """How many uris may not be read. Raises ManifestError with counts per reason, unless they become error rows."""
     total = _count(connection, f"SELECT count(*) FROM planned WHERE {REFUSED} IS NOT NULL")
     if not total or settings.refused_uris == "error":
         return total
     reasons = connection.execute(
-        f"SELECT {REFUSED}, count(*), min_by(number, number), list(uri ORDER BY number)[:{_EXAMPLES}] "
-        f"FROM planned WHERE {REFUSED} IS NOT NULL GROUP BY ALL ORDER BY 2 DESC LIMIT 10"
+        f"SELECT p.{REFUSED}, p.total, p.uris, m.{FILE}, m.rowid FROM "
+        f"(SELECT {REFUSED}, count(*) AS total, list(uri ORDER BY number)[:{_EXAMPLES}] AS uris, min(number) AS first "
+        f"FROM planned WHERE {REFUSED} IS NOT NULL GROUP BY ALL) p JOIN manifest m ON m.rowid = p.first "
+        f"ORDER BY p.total DESC, p.first LIMIT 10"
     ).fetchall()
-    details = "; ".join(f"{count:,} {reason} (such as {', '.join(uris)})" for reason, count, _, uris in reasons)
+    details = "; ".join(
+        f"{count:,} {reason} (such as {', '.join(map(repr, uris))}, first in {file} row {_row_in_file(connection, file, row)})"
+        for reason, count, uris, file, row in reasons
+    )
     hint = "--allow-root FOLDER allows a local folder; " if any("root" in reason for reason, *_ in reasons) else ""
     raise ManifestError(
-        f"{total:,} uri{'s' if total > 1 else ''} may not be read: {details}. {hint}--refused-uris error makes them error rows"
+        f"{_number(total, 'uri')} may not be read: {details}. {hint}--refused-uris error makes them error rows"
     )
 
 
-def _duplicates(connection: duckdb.DuckDBPyConnection, settings: PlanSettings) -> int:
+def _number(count: int, word: str) -> str:
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
+def _duplicates(connection: duckdb.DuckDBPyConnection, settings: PlanSettings, *, key: str) -> int:
     """How many rows were dropped as duplicates. Raises ManifestError naming doubled ids unless dropping was asked for."""
     doubled = "SELECT image_id, count(*) AS copies FROM planned GROUP BY image_id HAVING count(*) > 1"
     total = _count(connection, f"SELECT coalesce(sum(copies - 1), 0) FROM ({doubled})")
@@ -283,22 +292,27 @@ def _duplicates(connection: duckdb.DuckDBPyConnection, settings: PlanSettings) -
     examples = connection.execute(
         f"SELECT d.image_id, d.copies, m.{FILE}, m.rowid FROM ({doubled} ORDER BY min(number) LIMIT {_EXAMPLES}) d "
         "JOIN (SELECT image_id, max(number) AS last FROM planned GROUP BY image_id) p ON p.image_id = d.image_id "
-        "JOIN manifest m ON m.rowid = p.last ORDER BY d.image_id"
+        "JOIN manifest m ON m.rowid = p.last ORDER BY m.rowid"
     ).fetchall()
     named = "; ".join(
         f"{image_id!r} {copies} times, last in {file} row {_row_in_file(connection, file, row)}"
         for image_id, copies, file, row in examples
     )
     raise ManifestError(
-        f"image_id is not unique, {total:,} rows too many: {named}. --drop-duplicates keeps the first row of each"
+        f"column {key!r} is not unique, {_number(total, 'row')} too many: {named}. "
+        "--drop-duplicates keeps the first row of each"
     )
 
 
 def _check_file_count(draft: Draft) -> None:
     settings = draft.settings
     for path, _ in draft.partitions:
-        if too_long := next((part for part in path.split("/") if len(part) > 240), None):
-            raise ManifestError(f"partition {too_long[:80]}… is longer than a path element may be (240 characters)")
+        if too_long := next((part for part in path.split("/") if len(part) > _ELEMENT_BYTES), None):
+            name = too_long.split("=")[0]
+            raise ManifestError(
+                f"column {name!r} cannot partition: {too_long[:80]}… is {len(too_long)} bytes long, "
+                f"wanted at most {_ELEMENT_BYTES}"
+            )
     if draft.num_shards <= settings.max_files:
         return
     blame = "a larger --shard-rows"

@@ -185,7 +185,8 @@ def _audit_shard(target: ShardTarget, shard: int, uri: str, num_rows: int) -> Sh
         with storage.open_for_reading(uri) as handle:
             parquet = pq.ParquetFile(handle)
             about = json.loads((parquet.schema_arrow.metadata or {}).get(METADATA_KEY, b"{}"))
-            return about, parquet.read(columns=["row"])["row"].to_pylist()
+            columns = parquet.read(columns=["row"])
+            return about, columns["row"].to_pylist() if columns.num_columns else []
 
     try:
         about, rows = storage.retrying(f"auditing {uri}", read)
@@ -199,4 +200,10 @@ def _audit_shard(target: ShardTarget, shard: int, uri: str, num_rows: int) -> Sh
         raise OutputError(
             f"{uri}: wanted rows 0 to {num_rows - 1} once each, got {len(rows)} rows, {len(set(rows))} distinct"
         )
-    return ShardCounts(**about["counts"])
+    try:
+        counts = ShardCounts(**about["counts"])
+    except (KeyError, TypeError) as error:
+        raise OutputError(f"{uri}: its metadata does not count what it holds: {error}") from error
+    if counts.rows != num_rows:
+        raise OutputError(f"{uri}: its metadata counts {counts.rows} rows, it holds {num_rows}")
+    return counts

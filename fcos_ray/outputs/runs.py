@@ -114,8 +114,11 @@ def list_runs(output: str) -> list[RunState]:
         record = read_json(storage.join(run_folder(output, run_id), "run.json"))
         if record is None:
             return None
+        digest = record.get("request_digest")
+        if not isinstance(digest, str):
+            raise OutputError(f"{run_folder(output, run_id)}/run.json is damaged: it has no request_digest")
         finished = storage.exists(storage.join(run_folder(output, run_id), "_SUCCESS.json"))
-        return RunState(run_id, record["request_digest"], finished)
+        return RunState(run_id, digest, finished)
 
     with ThreadPoolExecutor(16) as pool:
         return [found for found in pool.map(state, folders) if found is not None]

@@ -73,5 +73,5 @@ DATA_SCHEMA: Final = pa.schema(
     ]
 )
 
-# Names a manifest may not use for columns of its own.
-RESERVED_COLUMNS: Final = frozenset(DATA_SCHEMA.names)
+# Names a manifest may not use for columns of its own. `run` stands in the path, as a partition.
+RESERVED_COLUMNS: Final = frozenset({*DATA_SCHEMA.names, "run"})

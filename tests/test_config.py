@@ -1,0 +1,196 @@
+"""Every setting has one definition, and says what was wanted when it gets something else."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from pydantic_settings import CliSuppress
+
+from fcos_ray.config import LABELLING_SETTINGS, REQUEST_SETTINGS, JobConfig, load_config
+from fcos_ray.errors import ConfigError
+
+NEEDED = ["--manifest", "m.parquet", "--output", "out"]
+HIDDEN = [
+    name
+    for name, field in JobConfig.model_fields.items()
+    if any(type(m) is type(CliSuppress[int].__metadata__[0]) for m in field.metadata)  # type: ignore[attr-defined]
+]
+VALUES: dict[str, tuple[str, Any]] = {  # hidden setting: as a flag, as a value
+    "max_files": ("5", 5), "image_mean": ("0,0.5,1", (0, 0.5, 1)), "image_std": ("[1,1,1]", (1, 1, 1)),
+    "topk_candidates": ("9", 9), "precision": ("fp32", "fp32"), "max_micro_batch": ("3", 3),
+    "fetch_timeout_seconds": ("1.5", 1.5), "fetch_deadline_seconds": ("2", 2.0), "fetch_max_attempts": ("1", 1),
+    "fetch_concurrency": ("4", 4), "max_image_bytes": ("1000", 1000), "max_pixels": ("77", 77),
+    "decode_deadline_seconds": ("3", 3.0), "decode_memory_bytes": ("300000000", 300_000_000),
+    "max_transient_fraction": ("0.5", 0.5), "max_rounds": ("2", 2), "round_wait_seconds": ("0", 0.0),
+    "stall_seconds": ("60", 60.0),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("FCOS_RAY_")]:
+        monkeypatch.delenv(name)
+
+
+def toml(folder: Path, content: str) -> list[str]:
+    (folder / "job.toml").write_text(content)
+    return [*NEEDED, "--config", str(folder / "job.toml")]
+
+
+def refusal(arguments: list[str]) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_config(arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_config(NEEDED).score_threshold == 0.2
+    arguments = toml(tmp_path, "score_threshold = 0.3\nlimit = 5\n")
+    assert load_config(arguments).score_threshold == 0.3
+    monkeypatch.setenv("FCOS_RAY_SCORE_THRESHOLD", "0.4")
+    assert load_config(arguments).score_threshold == 0.4
+    assert load_config([*arguments, "--score-threshold", "0.5"]).score_threshold == 0.5
+    assert load_config(arguments).limit == 5
+
+
+def test_the_file_may_be_named_by_the_environment_and_hold_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "job.toml").write_text(
+        'manifest = ["a.csv", "b.csv"]\noutput = "s3://b/o"\npartition_by = ["day"]\nimage_mean = [0, 0, 0]\n'
+        'drop_duplicates = true\n[rename]\npath = "uri"\n'
+    )
+    monkeypatch.setenv("FCOS_RAY_CONFIG", str(tmp_path / "job.toml"))
+    config = load_config([])
+    assert (config.manifest, config.output, config.rename) == (["a.csv", "b.csv"], "s3://b/o", {"path": "uri"})
+    assert (config.partition_by, config.drop_duplicates) == (["day"], True)
+    assert load_config(["--no-drop-duplicates", "--manifest", "c.csv"]).drop_duplicates is False
+
+
+def test_lists_and_renames_are_given_once_each_or_with_commas() -> None:
+    config = load_config(
+        [*NEEDED, "--manifest", "b,c", "--rename", "a=uri", "--rename", "b=image_id", "--columns", "x,y"]
+    )
+    assert config.manifest == ["m.parquet", "b", "c"]
+    assert config.rename == {"a": "uri", "b": "image_id"}
+    assert config.columns == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--scoer-threshold", ".5"], "there is no setting --scoer-threshold; did you mean --score-threshold?"),
+        (["--score_threshold=.5"], "there is no setting --score_threshold; did you mean --score-threshold?"),
+        (["--no-dry-rum"], "there is no setting --no-dry-rum"),
+        (["--xyzzy", "1"], "there is no setting --xyzzy; --help lists the settings"),
+        (["--score-thresh", ".5"], "did you mean --score-threshold?"),  # no abbreviations: a later flag would change them
+        (["--score-threshold", "2"], "score_threshold should be less than or equal to 1, got '2'"),
+        (["--score-threshold", "nan"], "score_threshold should be "),
+        (["--nms-threshold", "-0.1"], "nms_threshold should be greater than or equal to 0, got '-0.1'"),
+        (["--limit", "0"], "limit should be greater than 0, got '0'"),
+        (["--limit", "many"], "limit should be a valid integer, unable to parse string as an integer, got 'many'"),
+        (["--limit"], "--limit: expected one argument"),
+        (["--shard-rows", "32769"], "shard_rows should be less than or equal to 32768, got '32769'"),
+        (["--num-classes", "1"], "num_classes should be greater than or equal to 2"),
+        (["--device", "tpu"], "device should be 'cpu' or 'cuda', got 'tpu'"),
+        (["--refused-uris", "skip"], "refused_uris should be 'stop' or 'error', got 'skip'"),
+        (["--fetch-max-attempts", "11"], "fetch_max_attempts should be less than or equal to 10"),
+        (["--fetch-timeout-seconds", "inf"], "fetch_timeout_seconds should be a finite number"),
+        (["--decode-memory-bytes", "1000"], "decode_memory_bytes should be greater than or equal to 268435456"),
+        (["--min-size", "900", "--max-size", "800"], "max_size must be at least min_size (900), got 800"),
+        (["--image-mean", "0.1"], "image_mean has too few values, got [0.1]"),
+        (["--rename", "a"], "--rename wants old=new"),
+        (["--output", ""], "output should have at least 1 character, got ''"),
+        (["stray"], "unrecognized arguments: stray"),
+        (["--config", "/no/such.toml"], "--config /no/such.toml cannot be read: No such file or directory"),
+    ],
+)  # fmt: skip
+def test_a_wrong_flag_says_what_was_wanted_and_what_came(arguments: list[str], wanted: str) -> None:
+    assert wanted in refusal([*NEEDED, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("scor_threshold = 0.5", "there is no setting scor_threshold; did you mean score_threshold?"),
+        ("score-threshold = 0.5", "there is no setting score-threshold; did you mean score_threshold?"),
+        ("[model]\nmin_size = 9", "there is no setting model"),
+        ("score_threshold = 'high'", "score_threshold should be a valid number, unable to parse string"),
+        ("limit = = 5", "job.toml is not TOML: "),
+    ],
+)
+def test_a_wrong_file_says_what_was_wanted_and_what_came(tmp_path: Path, content: str, wanted: str) -> None:
+    assert wanted in refusal(toml(tmp_path, content))
+
+
+def test_a_wrong_list_in_the_environment_says_how_to_write_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FCOS_RAY_PARTITION_BY", "day")
+    assert refusal(NEEDED) == """FCOS_RAY_PARTITION_BY wants JSON such as ["a", "b"], got 'day'"""
+
+
+def test_what_is_missing_is_named_with_its_meaning() -> None:
+    message = refusal([])
+    assert "manifest is missing: Parquet, CSV" in message
+    assert (
+        "output is missing: Folder or s3:// prefix that receives the labels (--output, or output = … in TOML)"
+        in message
+    )
+
+
+def test_help_lists_every_visible_setting_and_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        load_config(["--help"])
+    assert end.value.code == 0
+    shown = set(re.findall(r"^  --([a-z-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert shown == {name.replace("_", "-") for name in JobConfig.model_fields if name not in HIDDEN} | {"config"}
+    assert len(shown) <= 27
+
+
+def test_help_does_not_repeat_defaults_that_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_config(["--help"])
+    help_text = capsys.readouterr().out
+    assert not re.search(r"default:\s+(null|None|\[\]|\{\})\)", help_text)
+    assert "(default: 0.2)" in help_text
+
+
+def test_every_hidden_setting_is_a_flag_too() -> None:
+    assert set(HIDDEN) == set(VALUES)
+    for name, (flag, value) in VALUES.items():
+        assert getattr(load_config([*NEEDED, f"--{name.replace('_', '-')}", flag]), name) == value
+
+
+def test_every_setting_has_a_description() -> None:
+    for name, field in JobConfig.model_fields.items():
+        assert field.description, name
+        assert len(field.description) > 10, name
+
+
+def test_a_config_cannot_be_changed_and_refuses_what_it_does_not_know() -> None:
+    config = JobConfig(manifest=["m"], output="o")
+    with pytest.raises(ValidationError, match="frozen"):
+        config.output = "other"
+    with pytest.raises(ConfigError, match="there is no setting scorethreshold; did you mean score_threshold"):
+        JobConfig(manifest=["m"], output="o", scorethreshold=0.5)
+    with pytest.raises(ConfigError, match="manifest should have at least 1 item"):
+        JobConfig(manifest=[], output="o")
+
+
+def test_a_request_and_a_labelling_share_no_setting_and_are_json() -> None:
+    config = JobConfig(manifest=["m"], output="o", rename={"a": "uri"}, image_mean=(0, 0, 0))
+    assert config.request_settings().keys() == set(REQUEST_SETTINGS)
+    assert config.labelling_settings().keys() == set(LABELLING_SETTINGS)
+    assert not set(REQUEST_SETTINGS) & set(LABELLING_SETTINGS)
+    assert config.labelling_settings()["image_mean"] == [0.0, 0.0, 0.0]  # as it comes back from labelling.json
+
+
+def test_flags_and_the_class_give_the_same_config() -> None:
+    assert load_config(NEEDED) == JobConfig(manifest=["m.parquet"], output="out")
