@@ -1,19 +1,13 @@
 """Label image corpora of any size with torchvision's FCOS on Ray.
 
-Names are loaded on first use: the guarded decode child imports this package and must not pay for torch or Ray.
+Names are loaded on first use (`__init__.pyi` tells type checkers about them): the guarded decode child imports this
+package and must not pay for torch or Ray.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from fcos_ray.config import JobConfig
-    from fcos_ray.inputs.decode import decode
-    from fcos_ray.job import RunSummary, run
-    from fcos_ray.model.detector import Detector
-    from fcos_ray.types import Detections, Image
+from typing import Any
 
 _HOME = {
     "Detections": "fcos_ray.types",

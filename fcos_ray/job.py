@@ -29,8 +29,9 @@ from fcos_ray.inputs.manifests import Source, find_sources
 from fcos_ray.inputs.pin import PinnedFile, pin
 from fcos_ray.inputs.plan import Draft, PlanSettings, draft_plan
 from fcos_ray.layout import Cluster, Layout, plan_layout
+from fcos_ray.model.architectures import Weights
 from fcos_ray.model.detector import Detector
-from fcos_ray.model.weights import Weights, load_weights
+from fcos_ray.model.weights import load_weights
 from fcos_ray.outputs import runs
 from fcos_ray.outputs.commit import ShardCounts, ShardTarget, audit
 from fcos_ray.outputs.schema import RESERVED_COLUMNS
@@ -141,6 +142,7 @@ class _Job:
             "sources": [asdict(source) for source in self.sources],
             "settings": self.config.model_dump(mode="json"),
             "partition_by": list(self.config.partition_by),
+            "allow_roots": list(self.fetch_policy.allow_roots),
             "attempt": attempt,
             "files": [asdict(file) for file in files],
             "num_rows": draft.num_rows,
@@ -159,6 +161,7 @@ class _Job:
 
     def label(self, record: Mapping[str, Any], started: float) -> RunSummary:
         """Label a pinned run's missing shards, audit, and mark it finished."""
+        self._check_roots(record)
         pinned = _pinned_run(self.output, record, self.request.labelling)
         with ray_session() as cluster:
             layout = self._layout(cluster, record["num_rows"])
@@ -181,6 +184,16 @@ class _Job:
         about = {"layout": asdict(layout), "versions": _versions(), "finished_at": datetime.now(UTC).isoformat()}
         runs.create_success(self.output, record["run_id"], asdict(summary) | about)
         return summary
+
+    def _check_roots(self, record: Mapping[str, Any]) -> None:
+        """An open run was planned to read below these folders; without them its rows would become error rows now."""
+        mine = [Path(root) for root in self.fetch_policy.allow_roots]
+        lost = [r for r in record["allow_roots"] if not any(Path(r).is_relative_to(root) for root in mine)]
+        if lost:
+            flags = " ".join(f"--allow-root {root}" for root in dict.fromkeys([*lost, *map(str, mine)]))
+            raise ConfigError(
+                f"run {record['run_id']} is open and reads images below {lost[0]}; to finish it, add {flags}"
+            )
 
     def _layout(self, cluster: Cluster, num_rows: int) -> Layout:
         config = self.config

@@ -245,6 +245,25 @@ def test_a_job_wholly_on_s3_gives_what_the_local_one_gives(
     assert summary.errors_by_code == labelled[1].errors_by_code
 
 
+def test_an_open_run_is_not_finished_under_roots_that_would_make_its_rows_errors(
+    corpus: Path, tmp_path: Path, ray_session: Any
+) -> None:
+    class Breaks(PixelDetector):
+        def detect(self, images: Any) -> Any:
+            raise RuntimeError("a bug")
+
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError, match="a bug"):
+        fr.run(config(corpus / "manifest.parquet", out), make_detector=Breaks)
+    elsewhere = write_manifest(tmp_path / "m.parquet", {"uri": ["x.jpg"]})
+    with pytest.raises(ConfigError, match=f"is open and reads images below {corpus}; to finish it, add --allow-root"):
+        fr.run(config(elsewhere, out), make_detector=PixelDetector)
+    both = [str(corpus), str(tmp_path)]
+    summary = fr.run(config(elsewhere, out, allow_root=both), make_detector=PixelDetector)
+    assert summary.errors_by_code == {"not_found": 1}
+    assert len(rows_of(out)) == 81
+
+
 def test_the_records_explain_the_run(corpus: Path, labelled: tuple[Path, fr.RunSummary]) -> None:
     output, summary = labelled
     labelling = json.loads((output / "labelling.json").read_text())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -15,9 +16,6 @@ from torchvision.models.detection import FCOS
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
-
-if TYPE_CHECKING:
-    from fcos_ray.model.weights import Weights
 
 
 def _fcos_resnet50_fpn(num_classes: int, **settings: Any) -> nn.Module:
@@ -73,6 +71,24 @@ def _random_parameter(key: str, shape: tuple[int, ...], seed: int) -> NDArray[np
         return ((0.3 if ".bn3." in key else 1) + 0.1 * normal).astype(np.float32)
     bias = {"cls_logits.bias": -6.2, "bbox_reg.bias": 3.0}
     return next((np.full(shape, value, np.float32) for end, value in bias.items() if key.endswith(end)), 0.1 * normal)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weights:
+    """A model's parameters. Plain numpy, so that Ray's object store shares one copy among all actors of a node."""
+
+    name: str  # what the user called it
+    architecture: str  # a key of ARCHITECTURES
+    sha256: str  # hex; of the file's bytes, for random weights of the tensors
+    categories: tuple[str, ...]  # index = label, background first; as many as the model has classes
+    state: dict[str, NDArray[np.float32]] = field(repr=False)  # without BatchNorm's num_batches_tracked
+    min_size: int | None = None  # the image size it was trained at, where the file says so
+    max_size: int | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the model, background included."""
+        return len(self.categories)
 
 
 def build_model(

@@ -16,11 +16,11 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import resize_boxes
 
 from fcos_ray.errors import ConfigError, DetectError
-from fcos_ray.model.architectures import build_model, fold_batchnorm
+from fcos_ray.model.architectures import Weights, build_model, fold_batchnorm
 from fcos_ray.model.batches import Shape, micro_batches, padded_shape, resized_shape
 from fcos_ray.model.checks import check_image, check_settings, pick_device
 from fcos_ray.model.postprocess import Found, HeadOutputs, postprocess
-from fcos_ray.model.weights import Weights, load_weights
+from fcos_ray.model.weights import load_weights
 from fcos_ray.types import Detections, Image
 
 log = logging.getLogger(__name__)

@@ -10,12 +10,11 @@ import pickle
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -25,7 +24,7 @@ from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
 from fcos_ray import storage
 from fcos_ray.errors import WeightsError
-from fcos_ray.model.architectures import ARCHITECTURES, parameter_shapes, random_state
+from fcos_ray.model.architectures import ARCHITECTURES, Weights, parameter_shapes, random_state
 
 log = logging.getLogger(__name__)
 
@@ -39,24 +38,6 @@ _LOAD_ERRORS: Final = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
 )  # fmt: skip
 _WANTED: Final = "wanted COCO_V1, random:<seed>, or the path or uri of a .pth, .pt or .safetensors file"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Weights:
-    """A model's parameters. Plain numpy, so that Ray's object store shares one copy among all actors of a node."""
-
-    name: str  # what the user called it
-    architecture: str  # a key of ARCHITECTURES
-    sha256: str  # hex; of the file's bytes, for random weights of the tensors
-    categories: tuple[str, ...]  # index = label, background first; as many as the model has classes
-    state: dict[str, NDArray[np.float32]] = field(repr=False)  # without BatchNorm's num_batches_tracked
-    min_size: int | None = None  # the image size it was trained at, where the file says so
-    max_size: int | None = None
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of the model, background included."""
-        return len(self.categories)
 
 
 def load_weights(spec: str, *, num_classes: int | None = None, categories: Sequence[str] | None = None) -> Weights:

@@ -12,7 +12,8 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from fcos_ray.model.weights import Weights, load_weights
+from fcos_ray.model.architectures import Weights
+from fcos_ray.model.weights import load_weights
 from fcos_ray.types import Detections
 from tests.parity import from_torchvision
 

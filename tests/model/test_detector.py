@@ -13,9 +13,9 @@ import torch
 from torchvision.models.detection.transform import resize_boxes
 
 from fcos_ray.errors import ConfigError, DetectError
+from fcos_ray.model.architectures import Weights
 from fcos_ray.model.detector import Detector, _as_seen, _Input
 from fcos_ray.model.postprocess import Found, HeadOutputs
-from fcos_ray.model.weights import Weights
 from fcos_ray.types import Detections, Image
 from tests.model.images import flat, noise, shapes
 

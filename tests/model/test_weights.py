@@ -17,9 +17,9 @@ import torch
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights, fcos_resnet50_fpn
 
 from fcos_ray.errors import WeightsError
-from fcos_ray.model.architectures import build_model, fold_batchnorm, parameter_shapes
+from fcos_ray.model.architectures import Weights, build_model, fold_batchnorm, parameter_shapes
 from fcos_ray.model.detector import Detector
-from fcos_ray.model.weights import BACKGROUND, Weights, load_weights, save_weights
+from fcos_ray.model.weights import BACKGROUND, load_weights, save_weights
 from tests.model.images import noise, shapes
 
 COCO = FCOS_ResNet50_FPN_Weights.COCO_V1
