@@ -19,6 +19,7 @@ _HOME = {
     "run": "fcos_ray.job",
 }
 
+__version__ = "0.1.0"
 __all__ = ["Detections", "Detector", "Image", "JobConfig", "RunSummary", "decode", "run"]
 
 

@@ -6,4 +6,5 @@ from fcos_ray.model.detector import Detector as Detector
 from fcos_ray.types import Detections as Detections
 from fcos_ray.types import Image as Image
 
+__version__: str
 __all__ = ["Detections", "Detector", "Image", "JobConfig", "RunSummary", "decode", "run"]

@@ -157,7 +157,7 @@ class JobConfig(BaseModel):
 class _OutsideConfig(JobConfig, BaseSettings):
     """Label every image of a manifest with torchvision's FCOS on Ray: partitioned Parquet, every row exactly once.
 
-    Killed anywhere, the same command goes on. Settings not shown here (README has the table) are flags as well.
+    Killed anywhere, the same command goes on. Settings not shown here (fcos_ray/config.py has them) are flags too.
     """
 
     model_config = SettingsConfigDict(

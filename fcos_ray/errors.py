@@ -10,6 +10,7 @@ FcosRayError
 │   ├── FetchError
 │   ├── DecodeError
 │   └── DetectError
+├── WorkerError            a process on some node could not do its work; nothing is known to be wrong with the request
 ├── StorageError           a store did not do what was asked, after retries; the request itself is not known to be wrong
 └── RunStopped             rows are missing, the same command goes on (exit 4)
 """
@@ -100,6 +101,10 @@ class DetectError(ImageError):
 
 class StorageError(FcosRayError):
     """A store failed after retries. Nothing was lost: what was to be written is not known to exist."""
+
+
+class WorkerError(FcosRayError):
+    """A process on some node could not do its work: short of memory, say. Another try, elsewhere, may."""
 
 
 class RunStopped(FcosRayError):

@@ -6,9 +6,9 @@ same process, as long as it makes progress. What is missing is asked of the outp
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -23,7 +23,7 @@ import ray.data
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError, RayTaskError
 
-from fcos_ray.errors import OutputError, RunStopped, StorageError, UserError
+from fcos_ray.errors import RunStopped, StorageError, UserError, WorkerError
 from fcos_ray.inputs.pin import PinnedFile, read_shard
 from fcos_ray.layout import Cluster, Layout
 from fcos_ray.outputs.commit import ShardTarget, commit_shard, list_committed
@@ -33,6 +33,7 @@ from fcos_ray.progress import RunProgress
 
 logger = logging.getLogger("fcos_ray")
 _COMMITS_IN_FLIGHT: Final = 8
+_ANSI: Final = re.compile(r"\x1b\[[0-9;]*m")  # Ray colours its messages; what happened stands at their end
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +47,6 @@ class PinnedRun:
     @property
     def shard_rows(self) -> list[int]:
         return [rows for file in self.files for rows in file.shard_rows]
-
-    @property
-    def num_rows(self) -> int:
-        return sum(self.shard_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +63,7 @@ class ExecutionSettings:
 class ExecutionStats:
     """What this process did."""
 
-    created: int = 0  # shards
-    discarded: int = 0  # another writer was first
-    rounds: int = 0
+    num_discarded: int = 0  # shards that another writer committed first
     rows_after_first_commit: int = 0
     first_commit: float | None = None  # time.monotonic()
     last_commit: float | None = None
@@ -122,6 +117,7 @@ class Execution:
         settings: ExecutionSettings,
     ) -> None:
         self._run = run
+        self._shard_rows = run.shard_rows
         self._layout = layout
         self._load_settings = load_settings
         self._make_detector = make_detector
@@ -138,12 +134,11 @@ class Execution:
     def label(self) -> ExecutionStats:
         """Come back when every shard is committed. Raises RunStopped when rounds end without progress."""
         missing = self._missing()
-        done = self._run.num_rows - sum(self._run.shard_rows[shard] for shard in missing)
+        done = sum(self._shard_rows) - sum(self._shard_rows[shard] for shard in missing)
         idle, wait = 0, self._settings.round_wait_seconds
-        with RunProgress(num_rows=self._run.num_rows, done=done) as self._progress:
+        with RunProgress(num_rows=sum(self._shard_rows), done=done) as self._progress:
             while missing:
                 trouble = self._round(missing)
-                self.stats.rounds += 1
                 still_missing = self._missing()
                 idle = 0 if len(still_missing) < len(missing) else idle + 1
                 missing = still_missing
@@ -157,10 +152,10 @@ class Execution:
 
     def _missing(self) -> list[int]:
         committed = list_committed(self._run.target.output, self._run.target.run_id)
-        return [shard for shard in range(len(self._run.shard_rows)) if shard not in committed]
+        return [shard for shard in range(len(self._shard_rows)) if shard not in committed]
 
     def _why_stopped(self, missing: Sequence[int], trouble: str) -> str:
-        rows = sum(self._run.shard_rows[shard] for shard in missing)
+        rows = sum(self._shard_rows[shard] for shard in missing)
         return (
             f"run {self._run.target.run_id} stopped with {rows:,} rows in {len(missing):,} shards missing (such as "
             f"shard {missing[0]}): {trouble}. Nothing is lost; the same command goes on"
@@ -168,10 +163,10 @@ class Execution:
 
     def _round(self, missing: Sequence[int]) -> str:
         """One execution over the missing shards. Says what kept it from committing all of them."""
-        gather = Gather({shard: self._run.shard_rows[shard] for shard in missing})
+        gather = Gather({shard: self._shard_rows[shard] for shard in missing})
+        files = ray.put(self._run.files)
         set_aside: Counter[str] = Counter()
         trouble = ""
-        failure: Exception | None = None
         try:
             for rows in result_rows(
                 missing,
@@ -185,32 +180,33 @@ class Execution:
                     if whole.transient_fraction > self._settings.max_transient_fraction:
                         set_aside += whole.errors_by_code
                     else:
-                        self._submit(whole)
+                        self._submit(whole, files)
                 trouble = self._reap(leave=_COMMITS_IN_FLIGHT) or trouble
         except (RayError, ExecutionTimeoutError) as error:
-            failure = error
-        if failure is not None:
-            _let_go(failure)
-            trouble = _restartable(failure)
+            trouble = _restartable(error)
         trouble = self._reap(leave=0) or trouble
         if set_aside:
             codes = ", ".join(f"{count:,} {code}" for code, count in set_aside.most_common())
-            trouble = (
+            aside = (
                 f"shards with more than {self._settings.max_transient_fraction:.0%} transient errors are not committed "
                 f"({codes}; --max-transient-fraction 1 commits them as error rows)"
             )
+            trouble = f"{trouble}; {aside}" if trouble else aside
         return trouble or "the execution ended early"
 
-    def _submit(self, whole: WholeShard) -> None:
-        reference = _commit.remote(self._run.target, whole.shard, self._run.folder, self._run.files, whole.rows)
-        self._commits[reference] = WholeShard(whole.shard, whole.rows.select(["error_code", "attempts", "labels"]))
+    def _submit(self, whole: WholeShard, files: ray.ObjectRef[Any]) -> None:
+        reference = _commit.remote(self._run.target, whole.shard, self._run.folder, files, whole.rows)
+        self._commits[reference] = WholeShard(whole.shard, whole.rows.select(["error_code"]))  # for counting
 
     def _reap(self, *, leave: int) -> str:
         """Collect finished commits, waiting until at most `leave` are under way. Says what went wrong, if anything."""
         trouble = ""
         while self._commits:
             surplus = len(self._commits) > leave
-            finished, _ = ray.wait(list(self._commits), num_returns=1, timeout=None if surplus else 0)
+            seconds = self._settings.stall_seconds if surplus else 0
+            finished, _ = ray.wait(list(self._commits), num_returns=1, timeout=seconds)
+            if not finished and surplus:
+                raise RunStopped(f"no commit has ended for {seconds:.0f} s. Nothing is lost; the same command goes on")
             if not finished:
                 break
             whole = self._commits.pop(finished[0])
@@ -226,10 +222,8 @@ class Execution:
 
     def _count(self, whole: WholeShard, *, created: bool) -> None:
         now, rows = time.monotonic(), whole.rows.num_rows
-        if created:
-            self.stats.created += 1
-        else:
-            self.stats.discarded += 1
+        if not created:
+            self.stats.num_discarded += 1
         if self.stats.first_commit is None:
             self.stats.first_commit = now
         else:
@@ -239,17 +233,6 @@ class Execution:
             self._progress.add(rows=rows, errors=rows - whole.rows["error_code"].null_count)
 
 
-def _let_go(error: BaseException | None) -> None:
-    """Forget the frames of an execution that failed: as long as they are held, so are its detectors and their CPUs and GPUs.
-
-    The next execution would wait for them for ever (Ray 2.60). What a stage raised stands in the error's own text.
-    """
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
-    gc.collect()
-
-
 def _restartable(error: BaseException) -> str:
     """What an execution ended with, in words, when another one may do better; raises it when none will."""
     cause: BaseException = error
@@ -257,11 +240,11 @@ def _restartable(error: BaseException) -> str:
         cause = cause.cause
     if isinstance(cause, UserError):
         raise cause from error
-    if isinstance(cause, OSError):
-        raise OutputError(f"a shard cannot be written: {cause}") from error
-    if isinstance(error, RayTaskError) and not isinstance(cause, (StorageError, RayError)):
+    # An OSError is a node's or a store's trouble: no memory for a child, a disk that is full, a right that was taken away.
+    if isinstance(error, RayTaskError) and not isinstance(cause, (StorageError, WorkerError, OSError, RayError)):
         raise error  # a bug: the same rows would raise it again
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+    words = " ".join(_ANSI.sub("", str(cause)).split())
+    return f"{type(cause).__name__}: …{words[-300:]}" if len(words) > 300 else f"{type(cause).__name__}: {words}"
 
 
 @ray.remote(num_cpus=0, max_retries=3)

@@ -12,7 +12,7 @@ import platform
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 import ray
 
+import fcos_ray
 from fcos_ray import storage
 from fcos_ray.config import JobConfig
-from fcos_ray.errors import ConfigError, OutputError
+from fcos_ray.errors import ConfigError, ManifestError, OutputError, StorageError
 from fcos_ray.execution import Execution, ExecutionSettings, ExecutionStats, PinnedRun, ray_session
 from fcos_ray.inputs.fetch import FetchPolicy
 from fcos_ray.inputs.manifests import Source, find_sources
@@ -72,26 +73,42 @@ def run(config: JobConfig, *, make_detector: MakeDetector | None = None) -> RunS
     `make_detector` replaces FCOS (benchmarks without a model). Raises UserError when something asked for is wrong,
     RunStopped when rows are missing and the same call will go on.
     """
+    try:
+        return _run(config, make_detector)
+    except storage.STORE_ERRORS as error:  # of the driver's own listing, reading and creating
+        if storage.is_transient(error):
+            raise StorageError(storage.describe(error)) from error
+        raise OutputError(
+            f"{storage.describe(error)}. Wanted to read the manifest and to list, read and create under {config.output}; "
+            "check the uris, the credentials and their rights"
+        ) from error
+
+
+def _run(config: JobConfig, make_detector: MakeDetector | None) -> RunSummary:
     started = time.monotonic()
     job = _Job(config, make_detector)
     while True:
-        decision = runs.resolve(runs.list_runs(job.output), runs.read_labelling(job.output), job.request)
+        job.look()
+        decision = job.resolve()
         match decision:
             case runs.Refuse(differences):
                 raise OutputError(_explain_refusal(job.output, differences))
             case runs.Nothing(run_id):
-                logger.info("nothing to do: run %s has labelled these sources", run_id)
+                logger.info("nothing to do: run %s has labelled these sources, its error rows included", run_id)
                 return job.summary_of_finished(run_id, started)
             case runs.Resume(run_id):
                 record = runs.read_run(job.output, run_id)
+                logger.info("run %s is open: going on with its pinned plan", run_id)
                 if config.dry_run:
                     return job.planned(run_id, rows=record["num_rows"], shards=record["num_shards"], started=started)
-                logger.info("run %s is open: going on with its pinned plan", run_id)
             case runs.New(run_id):
                 with draft_plan(job.sources, job.plan_settings) as draft:
                     if config.dry_run:
                         return job.planned(run_id, rows=draft.num_rows, shards=draft.num_shards, started=started)
-                    record = job.pin(draft, run_id)
+                    pinned = job.pin(draft, run_id)
+                if pinned is None:  # somebody else pinned a run meanwhile
+                    continue
+                record = pinned
         summary = job.label(record, started)
         if record["request_digest"] == job.request.digest:
             return summary
@@ -112,10 +129,15 @@ class _Job:
             self.output = storage.parse_uri(config.output).uri
         except storage.InvalidUri as error:
             raise ConfigError(f"output is not a uri that can be written: {error}") from error
-        self.sources = find_sources(config.manifest)
+        find_sources(config.manifest)  # a typo is said before the weights are read
         self._weights = load_weights(
             config.weights, num_classes=config.num_classes, categories=_categories(config.categories)
         )
+
+    def look(self) -> None:
+        """Take the manifests as they are now: finishing an open run may have taken hours."""
+        config = self.config
+        self.sources = find_sources(config.manifest)
         sources = [{"uri": s.uri, "num_bytes": s.num_bytes, "version": s.version} for s in self.sources]
         self.request = runs.Request(
             runs.request_digest(sources, config.request_settings()), _labelling(self._weights, config)
@@ -123,19 +145,31 @@ class _Job:
         self.fetch_policy = _fetch_policy(config, self.sources)
         self.plan_settings = _plan_settings(config, self.fetch_policy)
 
+    def resolve(self) -> runs.Decision:
+        """What is to be done on the output as it is now."""
+        existing = runs.list_runs(self.output)
+        labelling = runs.read_labelling(self.output)
+        if existing and labelling is None:
+            raise OutputError(f"{self.output}/labelling.json is gone, so nobody knows what made its runs; put it back")
+        return runs.resolve(existing, labelling, self.request)
+
     def planned(self, run_id: str, *, rows: int, shards: int, started: float) -> RunSummary:
         seconds = round(time.monotonic() - started, 3)
         return RunSummary("planned", self.output, run_id, rows=rows, shards=shards, wall_seconds=seconds)
 
-    def pin(self, draft: Draft, run_id: str) -> dict[str, Any]:
-        """Write the plan down; the record that counts is the one whose run.json came first."""
+    def pin(self, draft: Draft, run_id: str) -> dict[str, Any] | None:
+        """Write the plan down; the record that counts is the one whose run.json came first.
+
+        None when another run came while this one was planned: what to do has to be asked again.
+        """
         storage.probe_create_if_absent(self.output)
-        labelling = runs.create_labelling(self.output, self.request.labelling)
-        decision = runs.resolve([], labelling, self.request)
-        if isinstance(decision, runs.Refuse):  # another first run was faster
-            raise OutputError(_explain_refusal(self.output, decision.differences))
         attempt = f"manifest-{uuid.uuid4().hex[:12]}"
         files = pin(draft, storage.join(runs.run_folder(self.output, run_id), attempt))
+        if find_sources(self.config.manifest) != self.sources:
+            raise ManifestError(f"{self.sources[0].uri} or another manifest changed while it was read; run again")
+        runs.create_labelling(self.output, self.request.labelling)
+        if self.resolve() != runs.New(run_id):
+            return None
         record = {
             "run_id": run_id,
             "request_digest": self.request.digest,
@@ -169,7 +203,7 @@ class _Job:
             execution = Execution(
                 pinned,
                 layout=layout,
-                load_settings=self._load_settings(),
+                load_settings=self._load_settings(record["settings"]),
                 make_detector=self._make_detector or self._fcos(layout),
                 settings=ExecutionSettings(
                     max_transient_fraction=self.config.max_transient_fraction,
@@ -179,6 +213,8 @@ class _Job:
                 ),
             )
             stats = execution.label()
+        if stats.num_discarded:
+            logger.info("%d shards were committed first by another writer", stats.num_discarded)
         counts = audit(pinned.target, pinned.shard_rows)
         summary = _summarise(self.output, record, counts, stats, started)
         about = {"layout": asdict(layout), "versions": _versions(), "finished_at": datetime.now(UTC).isoformat()}
@@ -215,13 +251,14 @@ class _Job:
         }
         return functools.partial(_make_fcos, ray.put(self._weights), options)
 
-    def _load_settings(self) -> LoadSettings:
+    def _load_settings(self, pinned: Mapping[str, Any]) -> LoadSettings:
+        """What makes an image an error row is the run's affair, not that of the command that goes on with it."""
         config = self.config
         return LoadSettings(
-            fetch=self.fetch_policy,
-            max_pixels=config.max_pixels,
-            decode_deadline_seconds=config.decode_deadline_seconds,
-            decode_memory_bytes=config.decode_memory_bytes,
+            fetch=replace(self.fetch_policy, max_bytes=pinned["max_image_bytes"]),
+            max_pixels=pinned["max_pixels"],
+            decode_deadline_seconds=pinned["decode_deadline_seconds"],
+            decode_memory_bytes=pinned["decode_memory_bytes"],
             min_size=config.min_size,
             max_size=config.max_size,
             exact_resize=config.exact_resize,
@@ -262,7 +299,8 @@ def _fetch_policy(config: JobConfig, sources: Sequence[Source]) -> FetchPolicy:
     if absent := [str(root) for root in roots if not root.is_dir()]:
         raise ConfigError(f"--allow-root {absent[0]}: no such folder")
     return FetchPolicy(
-        allow_roots=tuple(str(root.resolve()) for root in roots),
+        # Both spellings: uris are held against the root as it was given, and against the real one when they are read.
+        allow_roots=tuple(dict.fromkeys(str(p) for root in roots for p in (root.absolute(), root.resolve()))),
         max_bytes=config.max_image_bytes,
         timeout_seconds=config.fetch_timeout_seconds,
         deadline_seconds=config.fetch_deadline_seconds,
@@ -323,5 +361,6 @@ def _summarise(
 
 
 def _versions() -> dict[str, str]:
-    names = ("fcos-ray", "torch", "torchvision", "ray", "pyarrow", "pillow", "duckdb")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
+    names = ("torch", "torchvision", "ray", "pyarrow", "pillow", "duckdb")
+    ours = {"fcos_ray": fcos_ray.__version__, "python": platform.python_version()}
+    return ours | {name: version(name) for name in names}

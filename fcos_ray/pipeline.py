@@ -12,6 +12,7 @@ import importlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -20,8 +21,10 @@ import pyarrow as pa
 import ray
 import ray.data
 from numpy.typing import NDArray
+from ray.actor import ActorHandle
 from ray.data._internal.logical.interfaces import LogicalPlan
 from ray.data._internal.logical.operators import StreamingRepartition
+from ray.exceptions import RayError
 
 from fcos_ray.errors import DetectError, FetchError, ImageError
 from fcos_ray.inputs.fetch import FetchPolicy, fetch_many
@@ -75,6 +78,7 @@ def result_rows(
 
     Raises what Ray raises when an execution ends early.
     """
+    roll: Any = ray.remote(_Roll).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
     dataset = build(
         shards,
         pinned_folder=pinned_folder,
@@ -82,8 +86,17 @@ def result_rows(
         load_settings=load_settings,
         make_detector=make_detector,
         layout=layout,
+        roll=roll,
     )
-    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    try:
+        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    finally:
+        # Ray Data leaves its actors to the garbage collector, and whoever holds a failed execution's traceback (a log
+        # handler does) holds them and their CPUs and GPUs: the next execution would wait for them for ever (Ray 2.60).
+        with suppress(RayError):
+            for detector in ray.get(roll.called.remote(), timeout=30):
+                ray.kill(detector)
+        ray.kill(roll)
 
 
 def build(
@@ -94,8 +107,9 @@ def build(
     load_settings: LoadSettings,
     make_detector: MakeDetector,
     layout: Layout,
+    roll: ActorHandle[Any] | None = None,
 ) -> ray.data.Dataset:
-    """The dataset of result rows: read, load and detect as stages of their own."""
+    """The dataset of result rows: read, load and detect as stages of their own. `roll`: where detectors sign on."""
     per_task = -(-len(shards) // _READ_TASKS)
     numbers = [
         pa.table({"shard": pa.array(shards[i : i + per_task], pa.int32())}) for i in range(0, len(shards), per_task)
@@ -118,7 +132,7 @@ def build(
         _Detect,
         batch_size=None,
         batch_format="pyarrow",
-        fn_constructor_kwargs={"make_detector": make_detector},
+        fn_constructor_kwargs={"make_detector": make_detector, "roll": roll},
         num_cpus=layout.detector_cpus,
         num_gpus=layout.detector_gpus,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=layout.num_detectors),
@@ -248,10 +262,25 @@ def _described(content: Content) -> dict[str, Any]:
     }
 
 
+class _Roll:
+    """An actor that knows the detectors of one execution."""
+
+    def __init__(self) -> None:
+        self._detectors: list[ActorHandle[Any]] = []
+
+    def sign_on(self, detector: ActorHandle[Any]) -> None:
+        self._detectors.append(detector)
+
+    def called(self) -> list[ActorHandle[Any]]:
+        return self._detectors
+
+
 class _Detect:
     """The actor of the detect stage."""
 
-    def __init__(self, make_detector: MakeDetector) -> None:
+    def __init__(self, make_detector: MakeDetector, roll: ActorHandle[Any] | None) -> None:
+        if roll is not None:
+            ray.get(roll.sign_on.remote(ray.get_runtime_context().current_actor))
         self._detector = make_detector()
 
     def __call__(self, rows: pa.Table) -> pa.Table:

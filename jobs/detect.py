@@ -32,9 +32,6 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # a store's own no; it names the uri
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        return 2
     except (RunStopped, StorageError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 4

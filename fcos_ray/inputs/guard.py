@@ -35,7 +35,7 @@ from typing import Any, Final, cast
 
 import numpy as np
 
-from fcos_ray.errors import DecodeError
+from fcos_ray.errors import DecodeError, WorkerError
 from fcos_ray.types import Image
 
 START_SECONDS: Final = 60.0  # a start takes 0.2 s; sixty when the machine is on its knees
@@ -141,7 +141,7 @@ def _started(settings: ChildSettings) -> _Child:
             return child
         child.end()
         time.sleep(attempt)
-    raise RuntimeError(f"the decode child did not start, {START_ATTEMPTS} times, last: {trouble}")
+    raise WorkerError(f"the decode child did not start, {START_ATTEMPTS} times, last: {trouble}")
 
 
 class _Child:

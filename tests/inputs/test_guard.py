@@ -25,7 +25,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from fcos_ray.errors import DecodeError
+from fcos_ray.errors import DecodeError, WorkerError
 from fcos_ray.inputs import guard
 from fcos_ray.inputs.decode import MAX_PIXELS, decode
 from fcos_ray.inputs.guard import GuardedDecoder
@@ -329,7 +329,7 @@ def test_ctrl_c_is_none_of_the_childs_business(decoder: GuardedDecoder) -> None:
 def test_a_decoder_that_cannot_be_loaded_is_no_fault_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "START_ATTEMPTS", 1)
     decoder = GuardedDecoder(max_pixels=1, decoder="no_such_module:decode")
-    with pytest.raises(RuntimeError, match="No module named 'no_such_module'"):
+    with pytest.raises(WorkerError, match="No module named 'no_such_module'"):
         decoder.decode(GOOD)
 
 
