@@ -126,9 +126,12 @@ class _Job:
         self.config = config
         self._make_detector = make_detector
         try:
-            self.output = storage.parse_uri(config.output).uri
+            location = storage.parse_uri(config.output)
         except storage.InvalidUri as error:
             raise ConfigError(f"output is not a uri that can be written: {error}") from error
+        if location.scheme in ("http", "https", "ftp"):
+            raise ConfigError(f"output wanted a folder or an s3:// prefix, got {location.scheme}://, which is read only")
+        self.output = location.uri
         find_sources(config.manifest)  # a typo is said before the weights are read
         self._weights = load_weights(
             config.weights, num_classes=config.num_classes, categories=_categories(config.categories)

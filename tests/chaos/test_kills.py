@@ -74,13 +74,17 @@ def test_the_driver_killed_at_three_random_moments(corpus: Path, undisturbed: Pa
     assert_whole(corpus, tmp_path, undisturbed, kept=kept)
 
 
-@pytest.mark.parametrize(("victim", "title"), [("load worker", "_load"), ("detector", "_Detect")])
-def test_a_process_killed_in_mid_run(corpus: Path, undisturbed: Path, tmp_path: Path, victim: str, title: str) -> None:
+@pytest.mark.parametrize(  # loading runs ahead of the first commit, detecting goes on after it
+    ("victim", "title", "commits"), [("load worker", "_load", 0), ("detector", "_Detect", 1)]
+)
+def test_a_process_killed_in_mid_run(
+    corpus: Path, undisturbed: Path, tmp_path: Path, victim: str, title: str, commits: int
+) -> None:
     driver = start_job("detect", *arguments(corpus, tmp_path))
     killed: list[int] = []
 
     def strike() -> bool:
-        if num_committed(tmp_path) >= 1:
+        if num_committed(tmp_path) >= commits:
             killed.extend(titled(driver.pid, title)[:1])
             for pid in killed:
                 kill(pid)
