@@ -130,7 +130,9 @@ class _Job:
         except storage.InvalidUri as error:
             raise ConfigError(f"output is not a uri that can be written: {error}") from error
         if location.scheme in ("http", "https", "ftp"):
-            raise ConfigError(f"output wanted a folder or an s3:// prefix, got {location.scheme}://, which is read only")
+            raise ConfigError(
+                f"output wanted a folder or an s3:// prefix, got {location.scheme}://, which is read only"
+            )
         self.output = location.uri
         find_sources(config.manifest)  # a typo is said before the weights are read
         self._weights = load_weights(

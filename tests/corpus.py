@@ -63,6 +63,15 @@ def results_of(output: Path | str) -> dict[str, dict[str, Any]]:
     return {image_id: {name: row[name] for name in RESULT_COLUMNS} for image_id, row in rows_of(output).items()}
 
 
+def detections_of(row: dict[str, Any]) -> Detections:
+    """A row's detections as the detector gave them."""
+    return Detections(
+        np.array(row["boxes"], np.float32).reshape(-1, 4),
+        np.array(row["labels"], np.int64),
+        np.array(row["scores"], np.float32),
+    )
+
+
 def manifest_ids(manifest: Path | str) -> list[str]:
     return [str(i) for i in pq.read_table(str(manifest), columns=["image_id"])["image_id"].to_pylist()]
 

@@ -20,6 +20,7 @@ from fcos_ray.sample import write_sample
 from tests.corpus import (
     PixelDetector,
     config,
+    detections_of,
     files_of,
     manifest_ids,
     results_of,
@@ -81,15 +82,7 @@ def test_the_job_finds_what_the_detector_finds_one_image_at_a_time(
         small = fr.Image(shrink(image.pixels, min_size=96, max_size=160), height=image.height, width=image.width)
         [wanted] = detector([small])
         assert wanted.scores.size, "an empty answer proves nothing"
-        assert_same_detections(_detections(row), wanted, **CUTS)
-
-
-def _detections(row: dict[str, Any]) -> fr.Detections:
-    return fr.Detections(
-        np.array(row["boxes"], np.float32).reshape(-1, 4),
-        np.array(row["labels"], np.int64),
-        np.array(row["scores"], np.float32),
-    )
+        assert_same_detections(detections_of(row), wanted, **CUTS)
 
 
 @pytest.mark.parametrize("num_detectors", [1, 3])
@@ -106,7 +99,7 @@ def test_a_shuffled_manifest_cut_otherwise_gives_the_same(
     for image_id, row in got.items():
         assert row["error_code"] == wanted[image_id]["error_code"]
         if row["status"] == "ok":
-            assert_same_detections(_detections(row), _detections(wanted[image_id]), **CUTS)
+            assert_same_detections(detections_of(row), detections_of(wanted[image_id]), **CUTS)
 
 
 def test_partitioned_output_opens_in_duckdb_pyarrow_pandas_and_ray(
