@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 
 import fcos_ray as fr
 from fcos_ray.errors import ERROR_CODES, ConfigError, OutputError, RunStopped
@@ -28,6 +29,7 @@ from tests.corpus import (
     write_manifest,
 )  # fmt: skip
 from tests.parity import assert_same_detections
+from tests.rgw import RgwServer
 
 CUTS = {"score_threshold": 0.2, "max_detections": 100}
 
@@ -255,6 +257,30 @@ def test_an_open_run_is_not_finished_under_roots_that_would_make_its_rows_errors
     summary = fr.run(config(elsewhere, out, allow_root=both), make_detector=PixelDetector)
     assert summary.errors_by_code == {"not_found": 1}
     assert len(rows_of(out)) == 11
+
+
+def test_missing_and_denied_objects_and_a_doubled_uri_are_rows_like_all_others(
+    corpus: Path, tmp_path: Path, s3_server: RgwServer, s3_bucket: str, ray_session: Any
+) -> None:
+    from fcos_ray import storage
+
+    image = next((corpus / "images").glob("*.png")).read_bytes()
+    storage.create(f"{s3_bucket}/here.png", image)
+    stranger = s3fs.S3FileSystem(
+        key=s3_server.stranger.access_key, secret=s3_server.stranger.secret_key, endpoint_url=s3_server.endpoint
+    )
+    theirs = f"{s3_bucket.removeprefix('s3://')}-theirs"
+    stranger.call_s3("create_bucket", Bucket=theirs)
+    stranger.pipe_file(f"{theirs}/denied.png", image)
+    uris = [f"{s3_bucket}/here.png", f"{s3_bucket}/here.png", f"{s3_bucket}/none.png", f"s3://{theirs}/denied.png"]
+    manifest = write_manifest(tmp_path / "m.parquet", {"image_id": ["a", "b", "c", "d"], "uri": uris})
+    summary = fr.run(config(manifest, tmp_path / "out"), make_detector=PixelDetector)
+    rows = rows_of(tmp_path / "out")
+    assert {i: row["error_code"] for i, row in rows.items()} == {
+        "a": None, "b": None, "c": "not_found", "d": "forbidden"
+    }  # fmt: skip
+    assert not any(row["error_transient"] for row in rows.values())
+    assert (summary.rows, summary.ok, summary.errors_by_code) == (4, 2, {"not_found": 1, "forbidden": 1})
 
 
 def test_the_records_explain_the_run(corpus: Path, labelled: tuple[Path, fr.RunSummary]) -> None:
