@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
+import PIL.Image
 from numpy.typing import NDArray
+
+from fcos_ray.inputs.decode import decode
 
 Pixels = NDArray[np.uint8]
 
@@ -25,6 +30,13 @@ def shapes(height: int, width: int, seed: int = 0) -> Pixels:
             inside &= ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 < 1
         image[inside] = rng.uniform(0, 255, 3)
     return np.clip(image + rng.normal(0, 3, image.shape), 0, 255).astype(np.uint8)
+
+
+def cmyk(height: int, width: int, seed: int = 0) -> Pixels:
+    """A CMYK JPEG as the job sees it: decoded to RGB."""
+    file = io.BytesIO()
+    PIL.Image.fromarray(shapes(height, width, seed)).convert("CMYK").save(file, "JPEG", quality=90)
+    return decode(file.getvalue()).pixels
 
 
 def gray(height: int, width: int, seed: int = 0) -> Pixels:
@@ -53,4 +65,5 @@ def corpus() -> list[Pixels]:
         flat(160, 160, 0),
         flat(160, 160, 255),
         shapes(480, 640, 99),
+        cmyk(360, 270),
     ]
