@@ -1,38 +1,17 @@
 """Every setting of a job, once: names, ranges, meanings. TOML keys, environment variables, flags and --help follow.
 
-Precedence: flag, then `FCOS_RAY_<NAME>`, then the TOML file of --config, then the default.
+settings.py has the precedence and the words for what is wrong.
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import os
-import re
-import tomllib
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    CliApp,
-    CliSettingsSource,
-    CliSuppress,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-    TomlConfigSettingsSource,
-)
+from pydantic import Field, model_validator
+from pydantic_settings import CliSuppress
 
-from fcos_ray.errors import ConfigError
+from fcos_ray.settings import Fraction, Positive, Seconds, Settings, Triple, load_settings
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Triple = tuple[float, float, float]
-
-ENV_PREFIX = "FCOS_RAY_"
 # Settings that change what comes out for an image: written to labelling.json, shared by all runs on an output.
 LABELLING_SETTINGS = (
     "min_size", "max_size", "image_mean", "image_std", "score_threshold", "nms_threshold", "max_detections",
@@ -42,10 +21,11 @@ LABELLING_SETTINGS = (
 REQUEST_SETTINGS = ("partition_by", "columns", "rename", "limit", "drop_duplicates", "refused_uris")
 
 
-class JobConfig(BaseModel):
-    """Frozen, validated settings of one job. Raises ConfigError: which setting, what was wanted, what came."""
+class JobConfig(Settings):
+    """Label every image of a manifest with torchvision's FCOS on Ray: partitioned Parquet, every row exactly once.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Killed anywhere, the same command goes on. Settings not shown here (fcos_ray/config.py has them) are flags too.
+    """
 
     # What to label, and where the result goes
     manifest: list[str] = Field(
@@ -133,12 +113,6 @@ class JobConfig(BaseModel):
     max_error_fraction: Fraction | None = Field(None, description="Exit with 3 when more of the rows are errors")
     dry_run: bool = Field(False, description="Plan, print what would be done, and end")
 
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(_explain(error)) from error
-
     @model_validator(mode="after")
     def _sizes_are_ordered(self) -> JobConfig:
         if self.max_size < self.min_size:
@@ -154,119 +128,6 @@ class JobConfig(BaseModel):
         return self.model_dump(mode="json", include=set(REQUEST_SETTINGS))
 
 
-class _OutsideConfig(JobConfig, BaseSettings):
-    """Label every image of a manifest with torchvision's FCOS on Ray: partitioned Parquet, every row exactly once.
-
-    Killed anywhere, the same command goes on. Settings not shown here (fcos_ray/config.py has them) are flags too.
-    """
-
-    model_config = SettingsConfigDict(
-        frozen=True,
-        extra="forbid",
-        env_prefix=ENV_PREFIX,
-        cli_prog_name="jobs/detect.py",
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        cli_exit_on_error=False,
-    )
-    config: Path | None = Field(None, description="TOML file with any of these settings (underscores for dashes)")
-
-    def __init__(self, **values: Any) -> None:
-        BaseSettings.__init__(self, **values)
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the base class names it
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """After the flags: the environment, then the file."""
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    """Without the defaults that say nothing: null, [] and {}."""
-
-    def _expand_help(self, action: argparse.Action) -> str:
-        return re.sub(r" \(default: (null|\[\]|\{\})\)$", "", super()._expand_help(action))
-
-
 def load_config(arguments: list[str]) -> JobConfig:
     """The settings of a command line, with environment and TOML behind it. Raises ConfigError; --help exits with 0."""
-
-    class WithFile(_OutsideConfig):
-        __doc__ = _OutsideConfig.__doc__
-        model_config = SettingsConfigDict(toml_file=_config_file(arguments))
-
-    flags: CliSettingsSource[Any] = CliSettingsSource(WithFile, formatter_class=_HelpFormatter)
-    try:
-        outside = CliApp.run(WithFile, cli_args=arguments, cli_settings_source=flags)
-    except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
-    except SettingsError as error:
-        raise ConfigError(_explain_flags(str(error), arguments)) from error
-    return JobConfig(**outside.model_dump(exclude={"config"}))
-
-
-def _config_file(arguments: list[str]) -> Path | None:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", type=Path, default=os.environ.get(f"{ENV_PREFIX}CONFIG"))
-    try:
-        path: Path | None = parser.parse_known_args(arguments)[0].config
-    except argparse.ArgumentError as error:
-        raise ConfigError(str(error)) from error
-    if path is None:
-        return None
-    try:
-        tomllib.loads(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not TOML: {error}") from error
-    return path
-
-
-def _explain(error: ValidationError) -> str:
-    lines = []
-    for problem in error.errors():
-        name = ".".join(str(part) for part in problem["loc"]).split(".")[0]
-        if problem["type"] == "extra_forbidden":
-            lines.append(_unknown(name))
-        elif problem["type"] == "missing" and len(problem["loc"]) == 1:
-            field = JobConfig.model_fields[name]
-            lines.append(f"{name} is missing: {field.description} (--{name.replace('_', '-')}, or {name} = … in TOML)")
-        else:
-            message = re.sub(r"^(Value error,|Input|String|List) ", "", problem["msg"])
-            if problem["type"] == "missing":  # within a setting that holds several values
-                message = "has too few values"
-            lines.append(f"{name} {message}, got {problem['input']!r}" if name else message)
-    return "; ".join(dict.fromkeys(lines))
-
-
-def _explain_flags(message: str, arguments: list[str]) -> str:
-    known = {f"--{name.replace('_', '-')}" for name in _OutsideConfig.model_fields}
-    for argument in arguments:
-        flag = argument.split("=")[0]
-        if flag.startswith("--") and flag not in known and flag.replace("--no-", "--", 1) not in known:
-            return _unknown(flag.removeprefix("--"), flag=True)
-    if found := re.search(r"Parsing error encountered for (\w+)", message):
-        shape = "old=new" if found[1] == "rename" else "values with commas between, or a JSON list"
-        return f"--{found[1].replace('_', '-')} wants {shape}"
-    if found := re.search(r'value for field "(\w+)" from source "EnvSettingsSource"', message):
-        name = f"{ENV_PREFIX}{found[1].upper()}"
-        shape = '{"old": "new"}' if found[1] == "rename" else '["a", "b"]'
-        return f"{name} wants JSON such as {shape}, got {os.environ.get(name)!r}"
-    return message.removeprefix("error parsing CLI: ")
-
-
-def _unknown(name: str, *, flag: bool = False) -> str:
-    """Words for a setting that is not there; `name` as it was written, without the dashes before a flag."""
-    known = [field.replace("_", "-") if flag else field for field in _OutsideConfig.model_fields]
-    dashes = "--" if flag else ""
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {dashes}{nearest[0]}?" if nearest else "; --help lists the settings"
-    return f"there is no setting {dashes}{name}{hint}"
+    return load_settings(JobConfig, arguments, program="jobs/detect.py", env_prefix="FCOS_RAY_")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -12,35 +13,92 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.models import MobileNet_V3_Small_Weights, ResNet50_Weights, WeightsEnum, mobilenet_v3_small, resnet50
 from torchvision.models.detection import FCOS
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-
-def _fcos_resnet50_fpn(num_classes: int, **settings: Any) -> nn.Module:
-    # torchvision's fcos_resnet50_fpn with FrozenBatchNorm2d, as it builds it for trained weights. In eval mode
-    # BatchNorm2d computes the same, so weights of either kind load here.
-    backbone = resnet_fpn_backbone(
-        backbone_name="resnet50",
-        weights=None,
-        norm_layer=FrozenBatchNorm2d,
-        trainable_layers=5,
-        returned_layers=[2, 3, 4],
-        extra_blocks=LastLevelP6P7(256, 256),
-    )
-    model: nn.Module = FCOS(backbone, num_classes, **settings)
-    return model
+NormLayer = Callable[..., nn.Module]
 
 
-# name -> builder(num_classes, **FCOS's own settings)
-ARCHITECTURES: Final[Mapping[str, Callable[..., nn.Module]]] = {"fcos_resnet50_fpn": _fcos_resnet50_fpn}
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """How a torchvision FCOS of one name is built. `backbone` makes the feature extractor, all its layers trainable."""
+
+    backbone: Callable[[NormLayer, WeightsEnum | None, bool], nn.Module]  # norm, its weights, progress
+    backbone_weights: type[WeightsEnum]  # the ImageNet weights torchvision publishes for it
+    stages: tuple[tuple[str, ...], ...]  # parameter name prefixes, last stage first: what "trainable layers" counts
+    norm_eps: float  # of its BatchNorm
+    min_size: int  # of the input, where neither weights nor settings say otherwise
+    max_size: int
+
+    def build(
+        self,
+        num_classes: int,
+        *,
+        norm_layer: NormLayer = FrozenBatchNorm2d,
+        weights_backbone: WeightsEnum | None = None,
+        progress: bool = False,
+        **settings: Any,
+    ) -> nn.Module:
+        """The model; `settings` are FCOS's own."""
+        backbone = self.backbone(partial(norm_layer, eps=self.norm_eps), weights_backbone, progress)
+        model: nn.Module = FCOS(backbone, num_classes, **settings)
+        return model
+
+
+def _resnet50(norm_layer: NormLayer, weights: WeightsEnum | None, progress: bool) -> nn.Module:
+    # torchvision's fcos_resnet50_fpn. With FrozenBatchNorm2d it is what torchvision builds for trained weights; in eval
+    # mode BatchNorm2d computes the same, so weights of either kind load into it.
+    body = resnet50(weights=weights, progress=progress, norm_layer=norm_layer)
+    channels = [512, 1024, 2048]
+    layers = {"layer2": "0", "layer3": "1", "layer4": "2"}
+    backbone: nn.Module = BackboneWithFPN(body, layers, channels, 256, extra_blocks=LastLevelP6P7(256, 256))
+    return backbone
+
+
+def _mobilenet_v3_small(norm_layer: NormLayer, weights: WeightsEnum | None, progress: bool) -> nn.Module:
+    # Features of strides 8, 16 and 32, and a pyramid of 64 channels: 1.46 M parameters.
+    body = mobilenet_v3_small(weights=weights, progress=progress, norm_layer=norm_layer).features
+    layers = {"3": "0", "8": "1", "12": "2"}
+    backbone: nn.Module = BackboneWithFPN(body, layers, [24, 48, 576], 64, extra_blocks=LastLevelP6P7(64, 64))
+    return backbone
+
+
+ARCHITECTURES: Final[Mapping[str, Architecture]] = {
+    "fcos_resnet50_fpn": Architecture(
+        backbone=_resnet50,
+        backbone_weights=ResNet50_Weights,
+        # as torchvision counts: bn1 belongs to the first stage
+        stages=(("layer4",), ("layer3",), ("layer2",), ("layer1",), ("conv1", "bn1")),
+        norm_eps=1e-5,
+        min_size=800,
+        max_size=1333,
+    ),
+    "fcos_mobilenet_v3_small_fpn": Architecture(
+        backbone=_mobilenet_v3_small,
+        backbone_weights=MobileNet_V3_Small_Weights,
+        stages=(("12",), ("9", "10", "11"), ("4", "5", "6", "7", "8"), ("2", "3"), ("1",), ("0",)),
+        norm_eps=1e-3,
+        min_size=320,
+        max_size=512,
+    ),
+}
+
+
+def train_layers(model: nn.Module, architecture: str, num_layers: int) -> None:
+    """Let the last `num_layers` stages of the backbone learn, and freeze the others: trainable_backbone_layers."""
+    learning = tuple(f"{name}." for stage in ARCHITECTURES[architecture].stages[:num_layers] for name in stage)
+    backbone: Any = model.backbone
+    for name, parameter in backbone.body.named_parameters():
+        parameter.requires_grad_(name.startswith(learning))
 
 
 def parameter_shapes(architecture: str, num_classes: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what a state dict must hold; num_batches_tracked, which no prediction uses, is left out."""
     with torch.device("meta"):
-        state = ARCHITECTURES[architecture](num_classes).state_dict()
+        state = ARCHITECTURES[architecture].build(num_classes).state_dict()
     return {key: tuple(value.shape) for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
@@ -84,6 +142,7 @@ class Weights:
     state: dict[str, NDArray[np.float32]] = field(repr=False)  # without BatchNorm's num_batches_tracked
     min_size: int | None = None  # the image size it was trained at, where the file says so
     max_size: int | None = None
+    training: Mapping[str, Any] | None = None  # how it was trained, where the file says so
 
     @property
     def num_classes(self) -> int:
@@ -105,7 +164,7 @@ def build_model(
 ) -> nn.Module:
     """A torchvision FCOS in eval mode, on the CPU, that holds the weights."""
     with torch.device("meta"):  # no time for initial values that are thrown away
-        model = ARCHITECTURES[weights.architecture](
+        model = ARCHITECTURES[weights.architecture].build(
             weights.num_classes,
             min_size=min_size,
             max_size=max_size,

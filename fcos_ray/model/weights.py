@@ -76,6 +76,7 @@ def load_weights(spec: str, *, num_classes: int | None = None, categories: Seque
         state={key: tensor.to(torch.float32).numpy() for key, tensor in state.items()},
         min_size=given.min_size,
         max_size=given.max_size,
+        training=given.training,
     )
 
 
@@ -87,8 +88,11 @@ def save_weights(
     categories: Sequence[str],
     min_size: int | None = None,
     max_size: int | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a `.safetensors` file that explains itself. Categories as in `load_weights`; equal input gives equal bytes.
+
+    `training` says how the weights came about, in JSON values; `load_weights` hands it on.
 
     Raises WeightsError when the state does not fit the architecture, or another file is already there.
     """
@@ -99,7 +103,13 @@ def save_weights(
         if not key.endswith("num_batches_tracked")
     }
     names = _complete(categories, _check_state(tensors, uri, architecture), uri)
-    said = {"architecture": architecture, "categories": names, "min_size": min_size, "max_size": max_size}
+    said: dict[str, Any] = {
+        "architecture": architecture,
+        "categories": names,
+        "min_size": min_size,
+        "max_size": max_size,
+    }
+    said |= {} if training is None else {"training": training}
     # under one key: safetensors writes several in any order, and equal weights shall be equal bytes
     metadata = {_METADATA: json.dumps(said, ensure_ascii=False)}
     if not storage.create(uri, safetensors.torch.save(tensors, metadata)):
@@ -114,6 +124,7 @@ class _Given:
     categories: tuple[str, ...] | None = None
     min_size: int | None = None
     max_size: int | None = None
+    training: Mapping[str, Any] | None = None
 
 
 def _read_coco() -> bytes:
@@ -172,6 +183,7 @@ def _read_safetensors(data: bytes, name: str) -> tuple[dict[str, Tensor], _Given
             categories=tuple(str(name) for name in said["categories"]) if "categories" in said else None,
             min_size=said.get("min_size"),
             max_size=said.get("max_size"),
+            training=said.get("training"),
         )
     except (safetensors.SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise WeightsError(f"weights {name} are no safetensors file of ours: {storage.describe(error)}") from error

@@ -1,0 +1,1 @@
+"""Training: the model's other mode. COCO-format truth and images in, weights for `detect` out."""

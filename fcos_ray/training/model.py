@@ -1,0 +1,143 @@
+"""Model: settings -> a torchvision FCOS in training mode, from nothing, from a backbone's weights or from a detector's.
+
+As torchvision's `fcos_resnet50_fpn(weights, weights_backbone, trainable_backbone_layers, num_classes, progress)` builds
+it: BatchNorm2d and every layer learning from nothing; FrozenBatchNorm2d and the last stages learning from weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import WeightsEnum
+from torchvision.ops import FrozenBatchNorm2d
+
+from fcos_ray import storage
+from fcos_ray.errors import ConfigError, WeightsError
+from fcos_ray.model.architectures import ARCHITECTURES, Architecture, Weights, train_layers
+from fcos_ray.model.weights import BACKGROUND, load_weights
+from fcos_ray.training.config import TrainConfig
+from fcos_ray.training.dataset import Truth
+
+log = logging.getLogger(__name__)
+
+_SPARE = "N/A"  # name of a class that nothing is labelled with; torchvision's word
+_TRAINED_LAYERS = 3  # torchvision's default of trainable_backbone_layers
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a training begins: a way to build the model, and what its labels mean."""
+
+    config: TrainConfig
+    architecture: Architecture
+    weights: Weights | None
+    backbone: WeightsEnum | None
+    min_size: int
+    max_size: int
+
+    @property
+    def categories(self) -> tuple[str, ...] | None:
+        """Names of the labels from 1, where the weights' own shall be kept: as many classes as are asked for."""
+        if self.weights is None or self.config.num_classes not in (None, self.weights.num_classes):
+            return None
+        return self.weights.categories[1:]
+
+    def num_classes(self, truth: Truth) -> int:
+        """Classes with background. Raises ConfigError when the truth has more than were asked for."""
+        needed = len(truth.categories) + 1
+        wanted = self.config.num_classes or needed
+        if wanted < needed:
+            raise ConfigError(
+                f"num_classes must be at least {needed} (the truth's categories and background), got {wanted}"
+            )
+        return wanted
+
+    def label_names(self, truth: Truth) -> tuple[str, ...]:
+        spare = self.num_classes(truth) - 1 - len(truth.categories)
+        return (BACKGROUND, *truth.categories, *(_SPARE for _ in range(spare)))
+
+    def build(self, num_classes: int) -> nn.Module:
+        """The model, on the CPU. New values come from torch's generator. Raises WeightsError without network or cache."""
+        config = self.config
+        pretrained = self.weights is not None or self.backbone is not None
+        try:
+            model = self.architecture.build(
+                num_classes,
+                norm_layer=FrozenBatchNorm2d if pretrained else nn.BatchNorm2d,
+                weights_backbone=self.backbone,
+                progress=config.progress,
+                min_size=self.min_size,
+                max_size=self.max_size,
+                image_mean=list(config.image_mean),
+                image_std=list(config.image_std),
+                center_sampling_radius=config.center_sampling_radius,
+                score_thresh=config.score_threshold,
+                nms_thresh=config.nms_threshold,
+                detections_per_img=config.max_detections,
+                topk_candidates=config.topk_candidates,
+            )
+        except OSError as error:  # of a download
+            raise WeightsError(
+                f"weights_backbone {config.weights_backbone} is not in torch.hub's cache and cannot be downloaded "
+                f"({storage.describe(error)}). Put {getattr(self.backbone, 'url', '')} into {torch.hub.get_dir()}/checkpoints"
+            ) from error
+        if self.weights is not None:
+            _load(model, self.weights)
+        train_layers(model, config.architecture, self._num_layers(pretrained))
+        return model
+
+    def _num_layers(self, pretrained: bool) -> int:
+        wanted, there = self.config.trainable_backbone_layers, len(self.architecture.stages)
+        if not pretrained:
+            if wanted not in (None, there):
+                log.warning("trainable_backbone_layers %s: without weights every layer has to learn", wanted)
+            return there
+        return _TRAINED_LAYERS if wanted is None else wanted
+
+
+def start_model(config: TrainConfig) -> Start:
+    """Look up what a training starts from. Raises ConfigError and WeightsError."""
+    architecture = ARCHITECTURES.get(config.architecture)
+    if architecture is None:
+        raise ConfigError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {config.architecture!r}")
+    if (config.trainable_backbone_layers or 0) > len(architecture.stages):
+        raise ConfigError(
+            f"trainable_backbone_layers must be 0 to {len(architecture.stages)} for {config.architecture}, "
+            f"got {config.trainable_backbone_layers}"
+        )
+    weights = load_weights(config.weights) if config.weights is not None else None
+    if weights is not None and weights.architecture != config.architecture:
+        raise ConfigError(
+            f"weights {weights.name} are for {weights.architecture}, architecture is {config.architecture}"
+        )
+    min_size = config.min_size or (weights and weights.min_size) or architecture.min_size
+    max_size = config.max_size or (weights and weights.max_size) or max(architecture.max_size, min_size)
+    if max_size < min_size:
+        raise ConfigError(f"max_size must be at least min_size ({min_size}), got {max_size}")
+    return Start(config, architecture, weights, _backbone(config.weights_backbone, architecture), min_size, max_size)
+
+
+def _backbone(name: str | None, architecture: Architecture) -> WeightsEnum | None:
+    if name is None:
+        return None
+    try:
+        found: WeightsEnum = architecture.backbone_weights[name]
+    except KeyError as error:
+        known = ", ".join(architecture.backbone_weights.__members__)
+        raise ConfigError(f"weights_backbone must be one of {known}, got {name!r}") from error
+    return found
+
+
+def _load(model: nn.Module, weights: Weights) -> None:
+    """Take the weights; a classification layer for another number of classes stays new."""
+    own = model.state_dict()
+    state: dict[str, Tensor] = {key: torch.tensor(value) for key, value in weights.state.items()}
+    new = [key for key, value in state.items() if own[key].shape != value.shape]
+    for key in new:
+        del state[key]
+    if new:
+        log.info("weights %s have %d classes: made anew is %s", weights.name, weights.num_classes, ", ".join(new))
+    model.load_state_dict(state, strict=False)
