@@ -54,10 +54,18 @@ class JobConfig(Settings):
         None, description="Classes with background, where the weights file does not say"
     )
     categories: list[str] | None = Field(None, description="Names of the labels, comma-separated, or a file of lines")
-    min_size: Positive = Field(800, description="Shorter side of the model's input, pixels")
-    max_size: Positive = Field(1333, description="Longer side of the model's input at most, pixels")
-    image_mean: CliSuppress[Triple] = Field((0.485, 0.456, 0.406), description="Subtracted per channel, of 0–1 values")
-    image_std: CliSuppress[Triple] = Field((0.229, 0.224, 0.225), description="Divided by per channel, of 0–1 values")
+    min_size: Positive | None = Field(
+        None, description="Shorter side of the model's input, pixels (default: as trained, else 800)"
+    )
+    max_size: Positive | None = Field(
+        None, description="Longer side of the model's input at most, pixels (default: as trained, else 1333)"
+    )
+    image_mean: CliSuppress[Triple | None] = Field(
+        None, description="Subtracted per channel, of 0–1 values (default: as trained, else ImageNet's)"
+    )
+    image_std: CliSuppress[Triple | None] = Field(
+        None, description="Divided by per channel, of 0–1 values (default: as trained, else ImageNet's)"
+    )
     score_threshold: Fraction = Field(0.2, description="Keep detections with a higher score")
     nms_threshold: Fraction = Field(0.6, description="Overlap (IoU) above which the lower score goes")
     max_detections: Positive = Field(100, description="Detections per image at most")
@@ -66,7 +74,10 @@ class JobConfig(Settings):
         False,
         description="Ship full-size pixels to the detector instead of shrinking on the CPU workers (slower, exact)",
     )
-    precision: CliSuppress[Literal["fp32"]] = Field("fp32", description="Arithmetic of the model")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="Arithmetic of the model, for the whole output; a node that cannot do it natively is an error",
+    )
 
     # The stages
     device: Literal["cpu", "cuda"] | None = Field(
@@ -115,7 +126,7 @@ class JobConfig(Settings):
 
     @model_validator(mode="after")
     def _sizes_are_ordered(self) -> JobConfig:
-        if self.max_size < self.min_size:
+        if self.min_size is not None and self.max_size is not None and self.max_size < self.min_size:
             raise ValueError(f"max_size must be at least min_size ({self.min_size}), got {self.max_size}")
         return self
 

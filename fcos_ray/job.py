@@ -123,7 +123,6 @@ class _Job:
     """The request, resolved against files and weights, and the steps on it."""
 
     def __init__(self, config: JobConfig, make_detector: MakeDetector | None) -> None:
-        self.config = config
         self._make_detector = make_detector
         try:
             location = storage.parse_uri(config.output)
@@ -138,6 +137,11 @@ class _Job:
         self._weights = load_weights(
             config.weights, num_classes=config.num_classes, categories=_categories(config.categories)
         )
+        # What the weights decide where no setting does: it is recorded as if it had been set.
+        names = ("min_size", "max_size", "image_mean", "image_std")
+        asked = {name: getattr(config, name) for name in names}
+        self._input = self._weights.input_settings(**asked)
+        self.config = config.model_copy(update=self._input)
 
     def look(self) -> None:
         """Take the manifests as they are now: finishing an open run may have taken hours."""
@@ -148,7 +152,7 @@ class _Job:
             runs.request_digest(sources, config.request_settings()), _labelling(self._weights, config)
         )
         self.fetch_policy = _fetch_policy(config, self.sources)
-        self.plan_settings = _plan_settings(config, self.fetch_policy)
+        self.plan_settings = _plan_settings(config, self._input, self.fetch_policy)
 
     def resolve(self) -> runs.Decision:
         """What is to be done on the output as it is now."""
@@ -264,8 +268,8 @@ class _Job:
             max_pixels=pinned["max_pixels"],
             decode_deadline_seconds=pinned["decode_deadline_seconds"],
             decode_memory_bytes=pinned["decode_memory_bytes"],
-            min_size=config.min_size,
-            max_size=config.max_size,
+            min_size=self._input["min_size"],
+            max_size=self._input["max_size"],
             exact_resize=config.exact_resize,
         )
 
@@ -314,7 +318,7 @@ def _fetch_policy(config: JobConfig, sources: Sequence[Source]) -> FetchPolicy:
     )
 
 
-def _plan_settings(config: JobConfig, fetch_policy: FetchPolicy) -> PlanSettings:
+def _plan_settings(config: JobConfig, sizes: Mapping[str, int], fetch_policy: FetchPolicy) -> PlanSettings:
     return PlanSettings(
         partition_by=tuple(config.partition_by),
         columns=None if config.columns is None else tuple(config.columns),
@@ -324,8 +328,8 @@ def _plan_settings(config: JobConfig, fetch_policy: FetchPolicy) -> PlanSettings
         refused_uris=config.refused_uris,
         shard_rows=config.shard_rows,
         max_files=config.max_files,
-        min_size=config.min_size,
-        max_size=config.max_size,
+        min_size=sizes["min_size"],
+        max_size=sizes["max_size"],
         fetch=fetch_policy,
         reserved_columns=RESERVED_COLUMNS,
     )

@@ -19,7 +19,12 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from fcos_ray.errors import ConfigError
+
 NormLayer = Callable[..., nn.Module]
+
+IMAGE_MEAN: Final = (0.485, 0.456, 0.406)  # of ImageNet, as torchvision's models take it: values in 0–1
+IMAGE_STD: Final = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +145,7 @@ class Weights:
     sha256: str  # hex; of the file's bytes, for random weights of the tensors
     categories: tuple[str, ...]  # index = label, background first; as many as the model has classes
     state: dict[str, NDArray[np.float32]] = field(repr=False)  # without BatchNorm's num_batches_tracked
-    min_size: int | None = None  # the image size it was trained at, where the file says so
-    max_size: int | None = None
+    trained_input: Mapping[str, Any] = field(default_factory=dict)  # what the file says of input_settings
     training: Mapping[str, Any] | None = None  # how it was trained, where the file says so
 
     @property
@@ -149,14 +153,35 @@ class Weights:
         """Classes of the model, background included."""
         return len(self.categories)
 
+    def input_settings(self, **asked: Any) -> dict[str, Any]:
+        """min_size, max_size, image_mean and image_std: as asked (None: not), as trained, or as the architecture has them.
+
+        Raises ConfigError when max_size is below min_size.
+        """
+        architecture = ARCHITECTURES[self.architecture]
+        defaults = {
+            "min_size": architecture.min_size,
+            "max_size": architecture.max_size,
+            "image_mean": IMAGE_MEAN,
+            "image_std": IMAGE_STD,
+        }
+        found = {
+            **defaults,
+            **self.trained_input,
+            **{name: value for name, value in asked.items() if value is not None},
+        }
+        if found["max_size"] < found["min_size"]:
+            raise ConfigError(f"max_size must be at least min_size ({found['min_size']}), got {found['max_size']}")
+        return found
+
 
 def build_model(
     weights: Weights,
     *,
     min_size: int,
     max_size: int,
-    image_mean: Sequence[float] | None,
-    image_std: Sequence[float] | None,
+    image_mean: Sequence[float],
+    image_std: Sequence[float],
     score_threshold: float,
     nms_threshold: float,
     max_detections: int,
@@ -168,8 +193,8 @@ def build_model(
             weights.num_classes,
             min_size=min_size,
             max_size=max_size,
-            image_mean=None if image_mean is None else list(image_mean),
-            image_std=None if image_std is None else list(image_std),
+            image_mean=list(image_mean),
+            image_std=list(image_std),
             score_thresh=score_threshold,
             nms_thresh=nms_threshold,
             detections_per_img=max_detections,

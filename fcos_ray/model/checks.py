@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -14,6 +15,7 @@ from fcos_ray.errors import ConfigError
 from fcos_ray.types import Image
 
 DEVICE_TYPES: Final = ("cpu", "cuda")
+PRECISIONS: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_image(image: object, index: int) -> Image | Tensor:
@@ -46,6 +48,32 @@ def pick_device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {name} is not there: this process sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type of that name. Raises ConfigError for an unknown one, or one that the device does not compute natively."""
+    if name not in PRECISIONS:
+        raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
+    if name != "fp32" and not _is_native(name, device):
+        raise ConfigError(
+            f"precision {name} is not native on {platform.node()}: {_described(device)} would compute it in software. "
+            "Use --precision fp32, or nodes that all can"
+        )
+    return PRECISIONS[name]
+
+
+def _is_native(name: str, device: torch.device) -> bool:
+    if device.type == "cuda":
+        # without the flag emulation counts: True on a T4 (torch 2.14)
+        return name == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    can = torch.cpu.get_capabilities()
+    return any(can.get(f"{unit}_{name}", False) for unit in ("avx512", "amx")) or bool(can.get(f"arm_{name}", False))
+
+
+def _described(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"its CPU ({torch.cpu.get_capabilities().get('cpu_name', platform.machine())})"
 
 
 def check_settings(

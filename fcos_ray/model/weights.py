@@ -10,7 +10,7 @@ import pickle
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -74,8 +74,7 @@ def load_weights(spec: str, *, num_classes: int | None = None, categories: Seque
         sha256=hashlib.sha256(data).hexdigest(),
         categories=_complete(categories or given.categories, found, name),
         state={key: tensor.to(torch.float32).numpy() for key, tensor in state.items()},
-        min_size=given.min_size,
-        max_size=given.max_size,
+        trained_input=given.trained_input,
         training=given.training,
     )
 
@@ -86,13 +85,13 @@ def save_weights(
     *,
     architecture: str,
     categories: Sequence[str],
-    min_size: int | None = None,
-    max_size: int | None = None,
+    trained_input: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a `.safetensors` file that explains itself. Categories as in `load_weights`; equal input gives equal bytes.
 
-    `training` says how the weights came about, in JSON values; `load_weights` hands it on.
+    `trained_input` holds min_size, max_size, image_mean and image_std as trained with: what detectors take by default.
+    `training` says how the weights came about. Both are JSON values.
 
     Raises WeightsError when the state does not fit the architecture, or another file is already there.
     """
@@ -103,13 +102,12 @@ def save_weights(
         if not key.endswith("num_batches_tracked")
     }
     names = _complete(categories, _check_state(tensors, uri, architecture), uri)
-    said: dict[str, Any] = {
+    said = {
         "architecture": architecture,
         "categories": names,
-        "min_size": min_size,
-        "max_size": max_size,
+        "trained_input": dict(trained_input or {}),
+        "training": training,
     }
-    said |= {} if training is None else {"training": training}
     # under one key: safetensors writes several in any order, and equal weights shall be equal bytes
     metadata = {_METADATA: json.dumps(said, ensure_ascii=False)}
     if not storage.create(uri, safetensors.torch.save(tensors, metadata)):
@@ -122,8 +120,7 @@ class _Given:
 
     architecture: str = DEFAULT_ARCHITECTURE
     categories: tuple[str, ...] | None = None
-    min_size: int | None = None
-    max_size: int | None = None
+    trained_input: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] | None = None
 
 
@@ -181,8 +178,7 @@ def _read_safetensors(data: bytes, name: str) -> tuple[dict[str, Tensor], _Given
         given = _Given(
             architecture=str(said.get("architecture", DEFAULT_ARCHITECTURE)),
             categories=tuple(str(name) for name in said["categories"]) if "categories" in said else None,
-            min_size=said.get("min_size"),
-            max_size=said.get("max_size"),
+            trained_input=dict(said.get("trained_input", {})),
             training=said.get("training"),
         )
     except (safetensors.SafetensorError, ValueError, TypeError, AttributeError) as error:

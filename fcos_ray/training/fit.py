@@ -72,7 +72,7 @@ def train(config: TrainConfig) -> TrainSummary:
     )
     log.info("%s", truth.counts)
     output = storage.parse_uri(config.output).uri
-    said = {"recipe": config.recipe(), "data_sha256": truth.sha256, "counts": asdict(truth.counts)}
+    said = {"recipe": config.recipe() | dict(start.input), "data_sha256": truth.sha256, "counts": asdict(truth.counts)}
     _claim(output, said)
     weights_uri = storage.join(output, "weights.safetensors")
     skipped = 0
@@ -85,8 +85,7 @@ def train(config: TrainConfig) -> TrainSummary:
             fitting.model.state_dict(),
             architecture=config.architecture,
             categories=start.label_names(truth),
-            min_size=start.min_size,
-            max_size=start.max_size,
+            trained_input=start.input,
             training={**said, "steps": fitting.num_steps, "losses": losses},
         )
         fitting.forget_states()
@@ -126,7 +125,7 @@ class _Fitting:
     def __init__(self, config: TrainConfig, start: Start, truth: Truth, output: str) -> None:
         self._config, self._output = config, output
         self._device = pick_device(config.device)
-        self._sizes = (start.min_size, start.max_size)
+        self._sizes = (start.input["min_size"], start.input["max_size"])
         torch.manual_seed(config.seed)
         self.model: nn.Module = start.build(start.num_classes(truth))
         self.model.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]

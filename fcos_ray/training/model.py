@@ -7,7 +7,9 @@ it: BatchNorm2d and every layer learning from nothing; FrozenBatchNorm2d and the
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +37,7 @@ class Start:
     architecture: Architecture
     weights: Weights | None
     backbone: WeightsEnum | None
-    min_size: int
-    max_size: int
+    input: Mapping[str, Any]  # min_size, max_size, image_mean, image_std
 
     @property
     def categories(self) -> tuple[str, ...] | None:
@@ -69,10 +70,7 @@ class Start:
                 norm_layer=FrozenBatchNorm2d if pretrained else nn.BatchNorm2d,
                 weights_backbone=self.backbone,
                 progress=config.progress,
-                min_size=self.min_size,
-                max_size=self.max_size,
-                image_mean=list(config.image_mean),
-                image_std=list(config.image_std),
+                **self.input,
                 center_sampling_radius=config.center_sampling_radius,
                 score_thresh=config.score_threshold,
                 nms_thresh=config.nms_threshold,
@@ -113,11 +111,10 @@ def start_model(config: TrainConfig) -> Start:
         raise ConfigError(
             f"weights {weights.name} are for {weights.architecture}, architecture is {config.architecture}"
         )
-    min_size = config.min_size or (weights and weights.min_size) or architecture.min_size
-    max_size = config.max_size or (weights and weights.max_size) or max(architecture.max_size, min_size)
-    if max_size < min_size:
-        raise ConfigError(f"max_size must be at least min_size ({min_size}), got {max_size}")
-    return Start(config, architecture, weights, _backbone(config.weights_backbone, architecture), min_size, max_size)
+    known = weights or Weights("", config.architecture, "", (), {})
+    names = ("min_size", "max_size", "image_mean", "image_std")
+    sizes = known.input_settings(**{name: getattr(config, name) for name in names})
+    return Start(config, architecture, weights, _backbone(config.weights_backbone, architecture), sizes)
 
 
 def _backbone(name: str | None, architecture: Architecture) -> WeightsEnum | None:
