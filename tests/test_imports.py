@@ -15,13 +15,13 @@ MODULES = {
 BASE = ("fcos_ray.errors", "fcos_ray.types", "fcos_ray.storage")
 ROOMS = ("inputs", "model", "outputs", "storage")
 AT_HOME = {  # library: where it may be imported
-    "torch": ("model",),
-    "torchvision": ("model",),
+    "torch": ("model", "training"),
+    "torchvision": ("model", "training"),
     "PIL": ("inputs.decode", "sample"),
     "duckdb": ("inputs.formats", "inputs.json_lines", "inputs.manifests", "inputs.plan", "inputs.pin", "outputs.runs"),
     "ray": ("pipeline", "execution", "job"),
     "fsspec": ("storage", "inputs.fetch"),
-    "pydantic": ("config",),
+    "pydantic": ("settings", "config", "training.config"),
 }
 
 

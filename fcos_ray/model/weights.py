@@ -38,6 +38,10 @@ _LOAD_ERRORS: Final = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
 )  # fmt: skip
 _WANTED: Final = "wanted COCO_V1, random:<seed>, or the path or uri of a .pth, .pt or .safetensors file"
+_NO_DETECTOR: Final = (
+    "are a classifier's, a backbone that cannot detect yet: train a detector on it "
+    "(python jobs/train.py --weights-backbone …), or ask for random:<seed> to run an untrained one"
+)
 
 
 def load_weights(spec: str, *, num_classes: int | None = None, categories: Sequence[str] | None = None) -> Weights:
@@ -63,8 +67,12 @@ def load_weights(spec: str, *, num_classes: int | None = None, categories: Seque
     elif suffix == ".safetensors":
         data, name = _read_file(spec), spec
         state, given = _read_safetensors(data, name)
+    elif spec.startswith("IMAGENET"):
+        raise WeightsError(f"weights {spec!r} {_NO_DETECTOR}")
     else:
         raise WeightsError(f"weights {spec!r} are unknown: {_WANTED}")
+    if given.training is not None and given.training.get("steps") == 0:
+        raise WeightsError(f"weights {name} are untrained (0 steps); train them, or ask for random:<seed> on purpose")
     found = _check_state(state, name, given.architecture)
     if num_classes is not None and num_classes != found:
         raise WeightsError(f"weights {name} have {found} classes with the background, but num_classes is {num_classes}")
@@ -190,6 +198,8 @@ def _check_state(state: Mapping[str, Tensor], name: str, architecture: str) -> i
     """The number of classes of a state dict that fits the architecture."""
     if architecture not in ARCHITECTURES:
         raise WeightsError(f"weights {name} are for {architecture!r}, known are: {', '.join(ARCHITECTURES)}")
+    if {"fc.weight", "classifier.0.weight"} & state.keys():
+        raise WeightsError(f"weights {name} {_NO_DETECTOR}")
     num_classes = state[_CLS_LOGITS].shape[0] if _CLS_LOGITS in state else 2
     wanted = parameter_shapes(architecture, num_classes)
     problems = [

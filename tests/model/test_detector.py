@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torchvision.models.detection.transform import resize_boxes
+from torchvision.ops import box_iou
 
 from fcos_ray.errors import ConfigError, DetectError
 from fcos_ray.model.architectures import Weights
@@ -45,6 +46,28 @@ def test_arrays_images_and_float_tensors_are_taken_alike_and_the_order_is_kept(d
         assert equal(one, three)
     assert detector([]) == []
     assert detector.detect([]) == []
+
+
+def test_bf16_finds_what_fp32_finds_a_little_elsewhere(weights: Weights, detector: Detector) -> None:
+    if not torch.cpu.get_capabilities().get("avx512_bf16"):
+        pytest.skip("this CPU does not compute bf16")
+    pixels = shapes(150, 200, 3)
+    [wanted] = detector([pixels])
+    [got] = Detector(weights, device="cpu", precision="bf16", **SMALL)([pixels])
+    strong = wanted.boxes[wanted.scores > wanted.scores.max() - 0.05]
+    best = box_iou(torch.from_numpy(strong), torch.from_numpy(got.boxes)).max(dim=1).values
+    assert len(strong) > 1
+    assert best.min() > 0.7
+    assert not np.array_equal(wanted.scores, got.scores)  # it is another arithmetic
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_precision_that_the_device_would_emulate_is_refused(
+    weights: Weights, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "i386", "avx2": True})
+    with pytest.raises(ConfigError, match=rf"precision {precision} is not native on .*i386.*--precision fp32"):
+        Detector(weights, device="cpu", precision=precision, **SMALL)
 
 
 def test_results_are_numpy_of_the_promised_types_and_boxes_lie_within_the_image(detector: Detector) -> None:
@@ -132,7 +155,7 @@ def test_a_single_image_instead_of_a_list_is_refused(detector: Detector) -> None
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"precision": "bf16"}, "precision must be fp32, the only one implemented, got 'bf16'"),
+        ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
         ({"device": "abacus"}, "device must be cpu, cuda or cuda:<n>, got 'abacus'"),
         ({"device": "meta"}, "device must be cpu, cuda or cuda:<n>, got 'meta'"),
         ({"device": "cuda:99"}, "device cuda:99 is not there"),

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import urllib.error
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import pytest
 import torch
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights, fcos_resnet50_fpn
 
-from fcos_ray.errors import WeightsError
-from fcos_ray.model.architectures import Weights, build_model, fold_batchnorm, parameter_shapes
+from fcos_ray.errors import ConfigError, WeightsError
+from fcos_ray.model.architectures import IMAGE_MEAN, IMAGE_STD, Weights, build_model, fold_batchnorm, parameter_shapes
 from fcos_ray.model.detector import Detector
 from fcos_ray.model.weights import BACKGROUND, load_weights, save_weights
 from tests.model.images import noise, shapes
@@ -135,8 +136,8 @@ def test_a_file_torchvision_made_with_batch_norm_2d_gives_the_same_model_folded(
         weights,
         min_size=96,
         max_size=160,
-        image_mean=None,
-        image_std=None,
+        image_mean=IMAGE_MEAN,
+        image_std=IMAGE_STD,
         score_threshold=0.2,
         nms_threshold=0.6,
         max_detections=100,
@@ -155,16 +156,37 @@ def test_a_file_torchvision_made_with_batch_norm_2d_gives_the_same_model_folded(
 def test_our_safetensors_explain_themselves(few: Weights, tmp_path: Path) -> None:
     path = str(tmp_path / "few.safetensors")
     kind = {"architecture": few.architecture, "categories": few.categories}
-    save_weights(path, few.state, **kind, min_size=256, max_size=512)
+    trained_input = {"min_size": 256, "max_size": 512}
+    save_weights(path, few.state, **kind, trained_input=trained_input, training={"steps": 3})
     loaded = load_weights(path)
     assert same_state(loaded, few)
     assert loaded.categories == few.categories
-    assert (loaded.min_size, loaded.max_size) == (256, 512)
+    assert (loaded.trained_input, loaded.training) == (trained_input, {"steps": 3})
     assert loaded.sha256 == hashlib.sha256(Path(path).read_bytes()).hexdigest()
     assert load_weights(path, categories=["a", "b", "c"]).categories == (BACKGROUND, "a", "b", "c")
-    save_weights(path, tensors(few), **kind, min_size=256, max_size=512)  # the same again is no conflict
+    save_weights(
+        path, tensors(few), **kind, trained_input=trained_input, training={"steps": 3}
+    )  # the same again is no conflict
     with pytest.raises(WeightsError, match="exists and holds something else"):
         save_weights(path, few.state, **kind)
+
+
+def test_weights_of_a_training_that_never_took_a_step_are_refused(few: Weights, tmp_path: Path) -> None:
+    path = str(tmp_path / "untrained.safetensors")
+    kind = {"architecture": few.architecture, "categories": few.categories}
+    save_weights(path, few.state, **kind, training={"steps": 0})
+    with pytest.raises(WeightsError, match=r"are untrained .*random:<seed>"):
+        load_weights(path)
+
+
+def test_the_inputs_size_is_as_asked_else_as_trained_else_the_architectures(few: Weights) -> None:
+    trained = replace(few, trained_input={"min_size": 256, "max_size": 512})
+    assert few.input_settings()["min_size"] == 800
+    assert few.input_settings()["image_mean"] == IMAGE_MEAN
+    assert trained.input_settings() == few.input_settings() | {"min_size": 256, "max_size": 512}
+    assert trained.input_settings(min_size=300, max_size=None)["min_size"] == 300
+    with pytest.raises(ConfigError, match=r"max_size must be at least min_size \(600\), got 512"):
+        trained.input_settings(min_size=600)
 
 
 def test_a_model_of_another_dtype_is_loaded_as_float32(few: Weights, tmp_path: Path) -> None:
@@ -198,6 +220,10 @@ def broken_files(few: Weights) -> dict[str, tuple[bytes, str]]:
         "evil.pth": (as_pth({"a": Evil()}), "cannot be loaded as a state dict: Weights only load failed"),
         "list.pth": (as_pth([1, 2]), "hold no state dict: wanted a dict of tensors .* got a list"),
         "counter.pth": (as_pth({"epoch": 3}), "got a dict with 'epoch'"),
+        "backbone.pth": (
+            as_pth({"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1)}),
+            "are a classifier's, a backbone that cannot detect yet: .*--weights-backbone",
+        ),
         "nothing.pth": (as_pth({}), "do not fit fcos_resnet50_fpn: .* missing: backbone.body.conv1.weight, "),
         "missing.pth": (as_pth({k: v for k, v in state.items() if k != key}), f"1 missing: {key}$"),
         "extra.pth": (as_pth({**state, "a": torch.zeros(1)}), "do not fit fcos_resnet50_fpn: 1 unexpected: a$"),
@@ -241,6 +267,7 @@ def test_damaged_files_never_raise_anything_but_a_weights_error(pth: Path, tmp_p
         ("/no/such/folder/model.pth", "weights /no/such/folder/model.pth do not exist: wanted COCO_V1, random"),
         ("s3://user:secret@bucket/model.pth", "cannot be read: InvalidUri"),
         ("COCO_V2", "weights 'COCO_V2' are unknown: wanted COCO_V1"),
+        ("IMAGENET1K_V1", "weights 'IMAGENET1K_V1' are a classifier's, .*--weights-backbone"),
         ("", "weights '' are unknown"),
     ],
 )
