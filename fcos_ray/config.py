@@ -49,7 +49,9 @@ class JobConfig(Settings):
     max_files: CliSuppress[Positive] = Field(100_000, description="Refuse a plan with more output files than this")
 
     # The model
-    weights: str = Field("COCO_V1", description="COCO_V1, a .pth or .safetensors path or uri, or random:<seed>")
+    weights: str = Field(
+        "COCO_V1", description="COCO_V1, a .pth or .safetensors path or uri, sample (drawn shapes), or random:<seed>"
+    )
     num_classes: Annotated[int, Field(ge=2)] | None = Field(
         None, description="Classes with background, where the weights file does not say"
     )

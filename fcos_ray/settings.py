@@ -99,6 +99,41 @@ def load_settings(settings: type[S], arguments: list[str], *, program: str, env_
     return settings(**outside.model_dump(exclude={"config"}))
 
 
+def settings_table(settings: type[Settings]) -> str:
+    """A Markdown table of every setting: TOML name, default, meaning, and the range where there is one."""
+    lines = ["| setting | default | meaning |", "|---|---|---|"]
+    for name, field in settings.model_fields.items():
+        default = "required" if field.is_required() else _spelled(field.get_default(call_default_factory=True))
+        meaning = f"{field.description or ''}{_range(settings, name)}"
+        lines.append(f"| `{name}` | {default} | {meaning.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines)
+
+
+def _spelled(value: object) -> str:
+    if value is None or value in ([], {}):
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+def _range(settings: type[Settings], name: str) -> str:
+    """What JSON schema says of a setting's values: choices, and numbers from and to."""
+    said = settings.model_json_schema()["properties"][name]
+    [kind] = [kind for kind in said.get("anyOf", [said]) if kind.get("type") != "null"]
+    if "enum" in kind:
+        return f". One of {', '.join(map(str, kind['enum']))}"
+    low, above = kind.get("minimum"), kind.get("exclusiveMinimum")
+    high = kind.get("maximum")
+    if high is not None:
+        return f". {low if low is not None else above:g} to {high:,g}"
+    if above == 0 and kind.get("type") == "number":
+        return ". Above 0"
+    return ""
+
+
 def _config_file(arguments: list[str], env_prefix: str) -> Path | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", type=Path, default=os.environ.get(f"{env_prefix}CONFIG"))

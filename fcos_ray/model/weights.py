@@ -31,13 +31,14 @@ log = logging.getLogger(__name__)
 BACKGROUND: Final = "__background__"  # label 0, in torchvision's spelling
 DEFAULT_ARCHITECTURE: Final = "fcos_resnet50_fpn"
 _COCO: Final = FCOS_ResNet50_FPN_Weights.COCO_V1
+_SAMPLE: Final = Path(__file__).parent / "sample" / "weights.safetensors"  # recipe.toml beside it says how they came
 _CLS_LOGITS: Final = "head.classification_head.cls_logits.weight"  # (num_classes, channels, 3, 3)
 _METADATA: Final = "fcos_ray"  # key in a safetensors file's metadata: what the weights are, as JSON
 # What torch.load raises on files that are no checkpoints, are damaged, or hold more than tensors and containers.
 _LOAD_ERRORS: Final = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
 )  # fmt: skip
-_WANTED: Final = "wanted COCO_V1, random:<seed>, or the path or uri of a .pth, .pt or .safetensors file"
+_WANTED: Final = "wanted COCO_V1, sample, random:<seed>, or the path or uri of a .pth, .pt or .safetensors file"
 _NO_DETECTOR: Final = (
     "are a classifier's, a backbone that cannot detect yet: train a detector on it "
     "(python jobs/train.py --weights-backbone …), or ask for random:<seed> to run an untrained one"
@@ -47,7 +48,8 @@ _NO_DETECTOR: Final = (
 def load_weights(spec: str, *, num_classes: int | None = None, categories: Sequence[str] | None = None) -> Weights:
     """Load and check weights.
 
-    `spec`: `COCO_V1` (or `DEFAULT`), torchvision's trained model, from the torch.hub cache or the network;
+    `spec`: `COCO_V1` (or `DEFAULT`), torchvision's trained model, from the torch.hub cache or the network; `sample`, a
+    small model in this package that finds the drawn shapes of sample.py;
     `random:<seed>`, an untrained model for tests that finds dozens of boxes, the same in every process; or the path or
     uri of a `.pth`/`.pt` state dict (or `{"model": state_dict}`) or a `.safetensors` file.
     `num_classes` counts the background, as in torchvision; it is checked against the file.
@@ -59,6 +61,9 @@ def load_weights(spec: str, *, num_classes: int | None = None, categories: Seque
     if spec in ("COCO_V1", "DEFAULT"):
         data, name, given = _read_coco(), "COCO_V1", _Given(categories=tuple(_COCO.meta["categories"]))
         state = _read_torch(data, name)
+    elif spec == "sample":
+        data, name = _SAMPLE.read_bytes(), spec
+        state, given = _read_safetensors(data, name)
     elif spec.startswith("random:"):
         return _random(spec, num_classes, categories)
     elif (suffix := PurePosixPath(spec).suffix) in (".pth", ".pt"):

@@ -232,7 +232,7 @@ def broken_files(few: Weights) -> dict[str, tuple[bytes, str]]:
             r"1 of another shape: .* \(2, 3\) instead of \(64, 3,",
         ),
         "text.safetensors": (b"this is not a safetensors file", "are no safetensors file of ours"),
-        "weights.onnx": (b"", "are unknown: wanted COCO_V1, random:<seed>, or the path or uri"),
+        "weights.onnx": (b"", "are unknown: wanted COCO_V1, sample, random:<seed>, or the path or uri"),
     }
 
 
