@@ -46,7 +46,7 @@ class Rows:
         try:
             for batch in self.to_duckdb().to_arrow_reader(max_rows):
                 yield batch.cast(self.schema)
-        except duckdb.Error as error:
+        except (duckdb.Error, OSError) as error:  # Arrow's reader hands on as OSError what DuckDB raises in mid-stream
             raise OutputError(f"{self.source} cannot be read: {storage.without_userinfo(str(error))}") from error
 
     def to_arrow(self) -> pa.Table:

@@ -18,9 +18,9 @@ import fcos_ray as fr
 from fcos_ray import storage
 from fcos_ray.errors import OutputError
 from fcos_ray.outputs.schema import DATA_SCHEMA
-from fcos_ray.sample import write_sample
+from tests.analysis.conftest import TwoRuns
 from tests.analysis.written import LABELLING, write_run
-from tests.corpus import PixelDetector, config, manifest_ids, rows_of
+from tests.corpus import rows_of
 
 
 @pytest.fixture
@@ -403,21 +403,18 @@ def test_batches_come_in_the_asked_size_with_the_schema(output: str, tmp_path: P
 # ---- what the job itself wrote
 
 
-def test_what_a_job_wrote_opens_in_every_format(tmp_path: Path, ray_session: Any) -> None:
-    write_sample(tmp_path / "corpus", num_images=24, seed=5, num_broken=6)
-    manifest = tmp_path / "corpus" / "manifest.parquet"
-    output = tmp_path / "out"
-    first = fr.run(config(manifest, output, shard_rows=8, partition_by=["captured_at"]), make_detector=PixelDetector)
-    second = fr.run(config(manifest, output, shard_rows=8, limit=10), make_detector=PixelDetector)
-    dataset = fr.open_dataset(str(output))
+def test_what_a_job_wrote_opens_in_every_format(two_runs: TwoRuns, ray_session: Any) -> None:
+    dataset = fr.open_dataset(two_runs.output)
     table = dataset.latest().to_arrow()
-    wanted = rows_of(output)  # the newest of each id
-    assert sorted(table["image_id"].to_pylist()) == sorted(wanted) == sorted(manifest_ids(manifest))
-    captured = {row["image_id"]: row["captured_at"] for row in pq.read_table(manifest).to_pylist()}
-    assert table.schema.field("captured_at").type == pq.read_schema(manifest).field("captured_at").type
+    wanted = rows_of(two_runs.output)  # the newest of each id
+    manifest = pq.read_table(two_runs.manifest)
+    captured = {row["image_id"]: row["captured_at"] for row in manifest.to_pylist()}
+    assert sorted(table["image_id"].to_pylist()) == sorted(wanted) == sorted(captured)
+    assert table.schema.field("captured_at").type == manifest.schema.field("captured_at").type
     for row in table.to_pylist():
         assert row == wanted[row["image_id"]] | {"captured_at": captured[row["image_id"]]}
-    assert Counter(table["run_id"].to_pylist()) == {first.run_id: len(wanted) - 10, second.run_id: 10}
+    first, second = two_runs.summaries
+    assert Counter(table["run_id"].to_pylist()) == {first.run_id: len(wanted) - second.rows, second.run_id: second.rows}
     assert dataset.errors().to_arrow().num_rows == first.error
     runs = dataset.runs().to_arrow()
     for name in ("run_id", "rows", "shards", "ok", "error", "detections"):
@@ -425,7 +422,8 @@ def test_what_a_job_wrote_opens_in_every_format(tmp_path: Path, ray_session: Any
     in_ray = dataset.latest().to_ray()
     assert pa.concat_tables(ray_session.get(in_ray.to_arrow_refs())).sort_by("image_id") == table.sort_by("image_id")
     assert set(dataset.latest().to_pandas()["image_id"]) == set(wanted)
-    assert dataset.boxes().to_duckdb().count("*").fetchall() == [(sum(len(r["boxes"] or []) for r in wanted.values()),)]
+    num_boxes = sum(len(row["boxes"] or []) for row in wanted.values())
+    assert dataset.boxes().to_duckdb().count("*").fetchall() == [(num_boxes,)]
     assert dataset.categories[1] == "person"
 
 

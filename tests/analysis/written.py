@@ -1,12 +1,14 @@
-"""Outputs of many runs without a model: planned, pinned and committed by the job's own functions, results made up."""
+"""Outputs to open: of many runs without a model, by the job's own functions; and a detector for what a job writes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -18,6 +20,7 @@ from fcos_ray.inputs.plan import PlanSettings, draft_plan
 from fcos_ray.outputs import runs
 from fcos_ray.outputs.commit import ShardTarget, commit_shard
 from fcos_ray.outputs.schema import RESERVED_COLUMNS, RESULT_SCHEMA
+from fcos_ray.types import Detections, Image
 
 LABELLING: dict[str, Any] = {
     "architecture": "fcos_resnet50_fpn",
@@ -88,3 +91,19 @@ def _result(shard: int, row: int, outcome: Outcome) -> dict[str, Any]:
         "boxes": [[float(n), 1.0, 10.0 + n, 21.0] for n in range(count)], "labels": list(outcome),
         "scores": [0.875 - n / 8 for n in range(count)], "attempts": 1,
     }  # fmt: skip
+
+
+class SeveralBoxes:
+    """None to three boxes per image, of three classes, that depend on every pixel."""
+
+    def detect(self, images: Sequence[Image]) -> list[Detections]:
+        return [self._detect(image) for image in images]
+
+    def _detect(self, image: Image) -> Detections:
+        digest = sha256(image.pixels.tobytes()).digest()
+        count = digest[0] % 4
+        corners = [[0, 0, image.width / (2 + n), image.height / (1 + n)] for n in range(count)]
+        labels = np.array([1 + value % 3 for value in digest[1 : 1 + count]], np.int64)
+        return Detections(
+            np.array(corners, np.float32).reshape(-1, 4), labels, np.array([0.9, 0.85, 0.4][:count], np.float32)
+        )
