@@ -14,13 +14,25 @@ _HOME = {
     "Detector": "fcos_ray.model.detector",
     "Image": "fcos_ray.types",
     "JobConfig": "fcos_ray.config",
+    "LabelDataset": "fcos_ray.analysis.dataset",
     "RunSummary": "fcos_ray.job",
     "decode": "fcos_ray.inputs.decode",
+    "open_dataset": "fcos_ray.analysis.dataset",
     "run": "fcos_ray.job",
 }
 
 __version__ = "0.1.0"
-__all__ = ["Detections", "Detector", "Image", "JobConfig", "RunSummary", "decode", "run"]
+__all__ = [
+    "Detections",
+    "Detector",
+    "Image",
+    "JobConfig",
+    "LabelDataset",
+    "RunSummary",
+    "decode",
+    "open_dataset",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:

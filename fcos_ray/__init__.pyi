@@ -1,3 +1,5 @@
+from fcos_ray.analysis.dataset import LabelDataset as LabelDataset
+from fcos_ray.analysis.dataset import open_dataset as open_dataset
 from fcos_ray.config import JobConfig as JobConfig
 from fcos_ray.inputs.decode import decode as decode
 from fcos_ray.job import RunSummary as RunSummary
@@ -7,4 +9,14 @@ from fcos_ray.types import Detections as Detections
 from fcos_ray.types import Image as Image
 
 __version__: str
-__all__ = ["Detections", "Detector", "Image", "JobConfig", "RunSummary", "decode", "run"]
+__all__ = [
+    "Detections",
+    "Detector",
+    "Image",
+    "JobConfig",
+    "LabelDataset",
+    "RunSummary",
+    "decode",
+    "open_dataset",
+    "run",
+]

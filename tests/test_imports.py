@@ -18,8 +18,16 @@ AT_HOME = {  # library: where it may be imported
     "torch": ("model", "training"),
     "torchvision": ("model", "training"),
     "PIL": ("inputs.decode", "sample"),
-    "duckdb": ("inputs.formats", "inputs.json_lines", "inputs.manifests", "inputs.plan", "inputs.pin", "outputs.runs"),
-    "ray": ("pipeline", "execution", "job"),
+    "duckdb": (
+        "analysis",
+        "inputs.formats",
+        "inputs.json_lines",
+        "inputs.manifests",
+        "inputs.plan",
+        "inputs.pin",
+        "outputs.runs",
+    ),
+    "ray": ("pipeline", "execution", "job", "analysis.rows"),
     "fsspec": ("storage", "inputs.fetch"),
     "pydantic": ("settings", "config", "training.config"),
 }
@@ -74,6 +82,14 @@ def test_libraries_stay_in_their_rooms(library: str) -> None:
 def test_config_is_read_at_the_top_only() -> None:
     users = {name for name, found in IMPORTED.items() if any(is_in(o, ("fcos_ray.config",)) for o in found)}
     assert users <= {"fcos_ray.pipeline", "fcos_ray.job"}
+
+
+def test_analysis_never_runs_the_model() -> None:
+    members = {name: found for name, found in IMPORTED.items() if is_in(name, ("fcos_ray.analysis",))}
+    assert members
+    allowed = ("fcos_ray.analysis", "fcos_ray.inputs", "fcos_ray.outputs", *BASE)
+    for name, found in members.items():
+        assert not {o for o in found if o.startswith("fcos_ray.") and not is_in(o, allowed)}, name
 
 
 def test_errors_and_types_import_nothing_of_ours() -> None:

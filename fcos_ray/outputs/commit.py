@@ -152,12 +152,17 @@ def count_results(results: pa.Table) -> ShardCounts:
 
 def list_committed(output: str, run_id: str) -> dict[int, str]:
     """Shard number -> uri of every shard file of a run. Raises OutputError for a file that no run writes there."""
-    committed: dict[int, str] = {}
+    return {shard: file.uri for shard, file in committed_files(output, run_id).items()}
+
+
+def committed_files(output: str, run_id: str) -> dict[int, storage.StoredFile]:
+    """Shard number -> shard file. Raises OutputError for a file that no run writes there."""
+    committed: dict[int, storage.StoredFile] = {}
     for file in storage.list_files(data_folder(output, run_id)):
         match = _DATA_FILE.fullmatch(file.uri.rsplit("/", 1)[1])
         if match is None or int(match[1]) in committed:
             raise OutputError(f"{file.uri} was not written by this run; move it away, then run again")
-        committed[int(match[1])] = file.uri
+        committed[int(match[1])] = file
     return committed
 
 

@@ -5,10 +5,12 @@ retries.py      transient or permanent; how long to wait
 connections.py  uri -> filesystem, with deadlines
 listing.py      exists, list_files, list_folders, expand
 files.py        read_bytes, open_for_reading, create, delete, and the probe that a store honours create-if-absent
+listed.py       listed files as a filesystem, for libraries that want one
 """
 
 from fcos_ray.storage.connections import OPERATION_SECONDS, S3_CONFIG, filesystem, s3
 from fcos_ray.storage.files import create, delete, open_for_reading, probe_create_if_absent, read_bytes
+from fcos_ray.storage.listed import ListedFiles
 from fcos_ray.storage.listing import StoredFile, exists, expand, list_files, list_folders
 from fcos_ray.storage.retries import (
     MAX_ATTEMPTS,
@@ -27,6 +29,7 @@ __all__ = [
     "S3_CONFIG",
     "STORE_ERRORS",
     "InvalidUri",
+    "ListedFiles",
     "Location",
     "StoredFile",
     "backoff_seconds",

@@ -26,14 +26,15 @@ def read_bytes(uri: str) -> bytes:
     return cast("bytes", retrying(f"reading {uri}", lambda: fs.cat_file(path, **deadline(fs))))
 
 
-def open_for_reading(uri: str, *, block_bytes: int = 2**20) -> IO[bytes]:
+def open_for_reading(uri: str, *, block_bytes: int = 2**20, found: StoredFile | None = None) -> IO[bytes]:
     """A seekable binary file. Raises FileNotFoundError, PermissionError, StorageError, also while reading.
 
     On S3 every range is a request of its own with a deadline and retries (s3fs's file has no deadline, 2026.9).
+    `found` is the file as it was listed, when the caller knows: its size need not be asked for again.
     """
     fs, path = filesystem(uri)
     if is_s3(fs):
-        found = stat_file(uri)
+        found = found or stat_file(uri)
         if found is None:
             raise FileNotFoundError(errno.ENOENT, f"opening {uri}: no such object")
         return cast("IO[bytes]", io.BufferedReader(_Ranges(fs, path, found), block_bytes))
