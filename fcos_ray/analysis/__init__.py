@@ -1,0 +1,1 @@
+"""What a job wrote: open it and ask it. Never runs the model."""
