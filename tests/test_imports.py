@@ -22,6 +22,8 @@ AT_HOME = {  # library: where it may be imported
     "ray": ("pipeline", "execution", "job"),
     "fsspec": ("storage", "inputs.fetch"),
     "pydantic": ("config",),
+    "faster_coco_eval": ("analysis.coco_metric",),
+    "matplotlib": ("analysis.curves",),
 }
 
 
