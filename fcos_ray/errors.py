@@ -1,11 +1,12 @@
 """Every error this project raises on purpose.
 
 FcosRayError
-├── UserError              the settings, the manifest, the weights or the output are wrong: say so and end (exit 2)
+├── UserError              what the user gave is wrong (settings, manifest, weights, output, truth): say so and end (exit 2)
 │   ├── ConfigError
 │   ├── ManifestError
 │   ├── WeightsError
-│   └── OutputError
+│   ├── OutputError
+│   └── EvaluationError
 ├── ImageError             one image failed: `pipeline.py` turns it into an error row
 │   ├── FetchError
 │   ├── DecodeError
@@ -65,6 +66,10 @@ class WeightsError(UserError):
 
 class OutputError(UserError):
     """The output cannot be written, or belongs to another labelling."""
+
+
+class EvaluationError(UserError):
+    """The truth cannot be read, or does not fit what a job wrote."""
 
 
 class ImageError(FcosRayError):

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     query = QUERY.format(output=options.folder / "demo").strip()
     print(f"\n== {len(steps) + 1}. ask them, with DuckDB\n{query};", file=sys.stderr, flush=True)
-    duckdb.sql(query).show()
+    print(duckdb.sql(query), flush=True)
     print(
         f"{output}/ holds what the job wrote and contact-sheet.png; {time.monotonic() - started:.0f} s", file=sys.stderr
     )

@@ -17,7 +17,7 @@ ROOMS = ("inputs", "model", "outputs", "storage")
 AT_HOME = {  # library: where it may be imported
     "torch": ("model", "training"),
     "torchvision": ("model", "training"),
-    "PIL": ("inputs.decode", "sample"),
+    "PIL": ("inputs.decode", "sample", "analysis.contact_sheet"),
     "duckdb": (
         "analysis",
         "inputs.formats",
@@ -30,6 +30,8 @@ AT_HOME = {  # library: where it may be imported
     "ray": ("pipeline", "execution", "job", "analysis.rows"),
     "fsspec": ("storage", "inputs.fetch"),
     "pydantic": ("settings", "config", "training.config"),
+    "faster_coco_eval": ("analysis.coco_metric",),
+    "matplotlib": ("analysis.curves",),
 }
 
 
