@@ -143,6 +143,14 @@ def test_a_damaged_file_is_named(output: str, tmp_path: Path, damage: bytes) -> 
         fr.open_dataset(output)
 
 
+def test_a_file_whose_damage_shows_in_mid_stream_is_named(output: str, tmp_path: Path) -> None:
+    write_run(output, 1, {"image_id": [f"{n}" for n in range(80_000)]}, tmp_path, shard_rows=8_000)
+    last = Path(list(storage.list_files(f"{output}/detections"))[-1].uri)
+    last.write_bytes(last.read_bytes()[:-20])
+    with pytest.raises(OutputError, match=last.name):
+        list(fr.open_dataset(output).latest().to_batches(max_rows=2048))
+
+
 def test_an_output_without_committed_rows_is_empty(output: str, tmp_path: Path) -> None:
     run_id = write_run(output, 1, {"image_id": ["a"]}, tmp_path, finished=False, shards=0)
     dataset = fr.open_dataset(output)
