@@ -85,8 +85,8 @@ def _choose(output: str, *, num_images: int, seed: int) -> list[dict[str, Any]]:
 
 
 def _some(ids: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
-    places = rng.choice(len(ids), min(count, len(ids)), replace=False) if ids else []
-    return [ids[int(place)] for place in sorted(places)]
+    places: list[int] = rng.choice(len(ids), min(count, len(ids)), replace=False).tolist() if ids else []
+    return [ids[place] for place in sorted(places)]
 
 
 def _tile(row: Mapping[str, Any], *, min_score: float) -> PIL.Image.Image:

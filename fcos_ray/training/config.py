@@ -12,7 +12,10 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 # Settings that may differ when a training goes on: they change where and how it runs, not what it learns.
-FREE_SETTINGS = ("output", "annotations", "images", "num_threads", "save_every_steps", "progress")
+FREE_SETTINGS = (
+    "output", "annotations", "images", "val_annotations", "val_images", "device", "num_threads", "save_every_steps",
+    "progress",
+)  # fmt: skip
 
 
 class TrainConfig(Settings):

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from fcos_ray import storage
 from fcos_ray.errors import ConfigError
+from fcos_ray.model.architectures import Weights
 from fcos_ray.model.checks import pick_device
 from fcos_ray.model.weights import load_weights, save_weights
 from fcos_ray.training.config import TrainConfig
 from fcos_ray.training.dataset import Batch, Batches, Truth, read_truth
+from fcos_ray.training.measure import measure
 from fcos_ray.training.model import Start, start_model
 
 log = logging.getLogger(__name__)
@@ -79,23 +81,24 @@ def train(config: TrainConfig) -> TrainSummary:
     if not storage.exists(weights_uri):
         fitting = _Fitting(config, start, truth, output)
         skipped = fitting.run()
-        losses = fitting.last_losses()
+        trained = fitting.weights(start.label_names(truth))
+        metrics = measure(trained, config) if config.val_annotations is not None else {}
+        outcome: dict[str, Any] = {"steps": fitting.num_steps, "losses": fitting.last_losses(), "metrics": metrics}
         save_weights(
             weights_uri,
-            fitting.model.state_dict(),
+            trained.state,
             architecture=config.architecture,
-            categories=start.label_names(truth),
+            categories=trained.categories,
             trained_input=start.input,
-            training={**said, "steps": fitting.num_steps, "losses": losses},
+            training=said | outcome,
         )
         fitting.forget_states()
-    trained = load_weights(weights_uri)
-    assert trained.training is not None
+    known: Mapping[str, Any] = load_weights(weights_uri).training or {}
     return TrainSummary(
         weights=weights_uri,
-        steps=trained.training["steps"],
-        losses=trained.training["losses"],
-        metrics={},
+        steps=known["steps"],
+        losses=known["losses"],
+        metrics=known["metrics"],
         counts=asdict(truth.counts),
         images_skipped=skipped,
         wall_seconds=round(time.monotonic() - started, 1),
@@ -125,7 +128,7 @@ class _Fitting:
     def __init__(self, config: TrainConfig, start: Start, truth: Truth, output: str) -> None:
         self._config, self._output = config, output
         self._device = pick_device(config.device)
-        self._sizes = (start.input["min_size"], start.input["max_size"])
+        self._input = start.input
         torch.manual_seed(config.seed)
         self.model: nn.Module = start.build(start.num_classes(truth))
         self.model.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -171,7 +174,8 @@ class _Fitting:
         torch.manual_seed(config.seed * 1_000_003 + step)
         factor = float(torch.empty(1).uniform_(*config.scale_jitter))
         transform: Any = model.transform
-        transform.min_size, transform.max_size = (round(self._sizes[0] * factor),), round(self._sizes[1] * factor)
+        transform.min_size = (round(self._input["min_size"] * factor),)
+        transform.max_size = round(self._input["max_size"] * factor)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(step, config, self.num_steps)
         images = [image.to(self._device).float().div_(255) for image in batch.images]
@@ -190,6 +194,18 @@ class _Fitting:
             nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         self._optimizer.step()
         return {name: float(losses[name].detach()) for name in LOSSES}
+
+    def weights(self, categories: tuple[str, ...]) -> Weights:
+        """The model as it is, for a detector."""
+        state = {key: value.detach().cpu().numpy() for key, value in self.model.state_dict().items()}
+        return Weights(
+            name=self._output,
+            architecture=self._config.architecture,
+            sha256="",
+            categories=categories,
+            state={key: value for key, value in state.items() if not key.endswith("num_batches_tracked")},
+            trained_input=self._input,
+        )
 
     def last_losses(self) -> dict[str, float]:
         return _means(self._state.history[-self._data.steps_per_epoch :])

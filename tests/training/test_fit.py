@@ -152,6 +152,15 @@ def test_weights_say_how_they_came_about_and_detect_takes_them(annotations: str,
     assert found.boxes.max() <= 80
 
 
+def test_the_map_on_validation_truth_goes_into_the_weights(annotations: str, tmp_path: Path) -> None:
+    summary = train(config(annotations, tmp_path / "out", val_annotations=annotations, score_threshold=0.0, epochs=1))
+    assert set(summary.metrics) == {"mean_ap", "ap50", "ap75", "ar_100"}
+    assert 0 <= (summary.metrics["mean_ap"] or 0) < 0.5
+    training = load_weights(summary.weights).training
+    assert training is not None
+    assert training["metrics"] == summary.metrics
+
+
 def test_a_training_that_was_killed_goes_on_and_comes_to_the_same_weights(
     annotations: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -250,11 +259,18 @@ def test_eight_images_are_learnt_by_heart(annotations: str, tmp_path: Path) -> N
     """Each loss falls and the boxes are found."""
     settings = {"min_size": 192, "max_size": 288, "batch_size": 8, "optimizer": "adamw", "learning_rate": 2e-3}
     first = train(config(annotations, tmp_path / "first", **settings | {"epochs": 1})).losses
-    last = train(config(annotations, tmp_path / "last", **settings | {"epochs": 120, "horizontal_flip": 0.0}))
+    last = train(
+        config(
+            annotations,
+            tmp_path / "last",
+            **settings | {"epochs": 120, "horizontal_flip": 0.0, "val_annotations": annotations},
+        )
+    )
     for name, factor in (("classification", 0.3), ("bbox_regression", 0.6), ("bbox_ctrness", 0.99)):
         assert last.losses[name] < factor * first[name], name
     truth = read_truth(annotations)
     detector = Detector(last.weights, device="cpu", score_threshold=0.1)
+    assert (last.metrics["ap50"] or 0) > 0.8
     found = 0
     for example in truth.examples:
         pixels = decode(Path(example.uri).read_bytes()).pixels
