@@ -180,7 +180,7 @@ class _Job:
             "request_digest": self.request.digest,
             "sources": [asdict(source) for source in self.sources],
             "settings": self.config.model_dump(mode="json"),
-            "partition_by": list(self.config.partition_by),
+            "partition_by": [key.name for key in draft.keys],  # what stands in paths; settings have what was asked
             "allow_roots": list(self.fetch_policy.allow_roots),
             "attempt": attempt,
             "files": [asdict(file) for file in files],
@@ -318,7 +318,7 @@ def _plan_settings(config: JobConfig, fetch_policy: FetchPolicy) -> PlanSettings
     return PlanSettings(
         partition_by=tuple(config.partition_by),
         columns=None if config.columns is None else tuple(config.columns),
-        rename=config.rename,
+        rename=config.renames,
         limit=config.limit,
         drop_duplicates=config.drop_duplicates,
         refused_uris=config.refused_uris,
