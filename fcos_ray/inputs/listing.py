@@ -47,6 +47,7 @@ _HEAD_BYTES: Final = (2**16, 2**20)  # the second for those whose header lies be
 _MAX_KEYS: Final = 64  # more are no partitions but names with = in them
 _SORT_MEMORY: Final = "256MB"
 _LOG_SECONDS: Final = 10
+_NO_FILE: Final = "there is no file in it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +153,8 @@ class _Listing:
                 logged = time.monotonic()
         yield waiting
         if not self._rows:
-            left_out = f" of its {self._skipped:,} files fits --include and --exclude" if self._skipped else " is in it"
-            raise ManifestError(f"input {self._root}: no image{left_out}; wanted {', '.join(self._settings.include)}")
+            why = f"none of its {self._skipped:,} files fits --include and --exclude" if self._skipped else _NO_FILE
+            raise ManifestError(f"input {self._root}: {why}; wanted {', '.join(self._settings.include)}")
 
     def _scanned(self) -> Iterator[list[storage.StoredFile]]:
         try:
@@ -235,7 +236,9 @@ def _values(folder: str) -> dict[str, str | None]:
 
 def _sort(spool: Path, manifest: Path, *, base: str, keys: list[str]) -> None:
     """Spooled rows -> the manifest, ordered by image_id."""
-    with duckdb.connect(config={"temp_directory": str(spool.parent), "memory_limit": _SORT_MEMORY}) as connection:
+    with duckdb.connect(
+        config={"temp_directory": str(spool.parent), "memory_limit": _SORT_MEMORY, "threads": 4}
+    ) as connection:
         connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
         rows = connection.sql(f"SELECT * FROM read_parquet({literal(str(spool))}) ORDER BY image_id")
         reader = rows.to_arrow_reader(_GROUP_ROWS)

@@ -130,7 +130,12 @@ def s3_files(base: str, page: dict[str, Any]) -> Iterator[StoredFile]:
     for entry in page.get("Contents", []):
         if not entry["Key"].endswith("/"):  # consoles make empty objects of that name and call them folders
             uri = Location("s3", f"{bucket}/{entry['Key']}").uri
-            yield StoredFile(uri, entry["Size"], entry["ETag"].strip('"'), entry["LastModified"])
+            yield StoredFile(uri, entry["Size"], entry["ETag"].strip('"'), _whole_seconds(entry["LastModified"]))
+
+
+def _whole_seconds(time: datetime) -> datetime:
+    """As HEAD and GET say it; Ceph lists with fractions."""
+    return time.astimezone(UTC).replace(microsecond=0)
 
 
 def _walk(fs: Any, folder: str) -> Iterator[StoredFile]:
@@ -177,7 +182,7 @@ def stat_file(uri: str) -> StoredFile | None:
                 return None
             head = fs.call_s3("head_object", Bucket=bucket, Key=key, timeout=OPERATION_SECONDS)
             uri, etag = Location("s3", path).uri, head["ETag"].strip('"')
-            return StoredFile(uri, int(head["ContentLength"]), etag, head["LastModified"])
+            return StoredFile(uri, int(head["ContentLength"]), etag, _whole_seconds(head["LastModified"]))
         info = fs.info(path)
         return _stored(fs, info) if info["type"] == "file" else None
 

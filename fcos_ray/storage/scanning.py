@@ -20,7 +20,8 @@ from fcos_ray.storage.retries import retrying
 from fcos_ray.storage.uris import InvalidUri
 
 _STEP_FILES: Final = 1000  # as a page of S3
-_RANGES: Final = 256  # of keys, at most, that a bucket is cut into
+_FLAT_PAGES: Final = 10  # of a bucket listed one after the other, before it is worth cutting
+_RANGES: Final = 64  # of keys, at most, that a bucket is cut into: each may read a page too much
 _LEVELS: Final = 8  # of folders, that are looked through for places to cut
 _PAGES: Final = 20  # of each of these folders
 
@@ -43,8 +44,12 @@ def scan_files(folder: str, *, num_threads: int = 16) -> Iterator[list[StoredFil
         if is_local(fs):
             yield from _scan(pool, [_local_part(base)], num_threads)
         elif is_s3(fs):
-            cuts = _cuts(pool, fs, base)
-            yield from _scan(pool, [_s3_part(fs, base, *cut) for cut in cuts], num_threads)
+            for number, page in enumerate(s3_pages(fs, base), start=1):
+                yield list(s3_files(base, page))
+                if number == _FLAT_PAGES and page.get("IsTruncated"):
+                    cuts = _cuts(pool, fs, base, page["Contents"][-1]["Key"])
+                    yield from _scan(pool, [_s3_part(fs, base, *cut) for cut in cuts], num_threads)
+                    return
         else:
             raise InvalidUri("only local folders and s3:// are scanned")
 
@@ -88,7 +93,7 @@ def _local_subfolder(folder: str) -> Iterator[_Step]:
 def _s3_part(fs: Any, base: str, after: str, up_to: str | None) -> Iterator[_Step]:
     """The keys behind `after`, up to and with `up_to`."""
     bucket = base.split("/", 1)[0]
-    for page in s3_pages(fs, base, **({"StartAfter": after} if after else {})):
+    for page in s3_pages(fs, base, StartAfter=after):
         files = list(s3_files(base, page))
         if up_to is not None and page.get("Contents", []) and page["Contents"][-1]["Key"] > up_to:
             yield _Step([file for file in files if file.uri <= f"s3://{bucket}/{up_to}"])
@@ -96,8 +101,8 @@ def _s3_part(fs: Any, base: str, after: str, up_to: str | None) -> Iterator[_Ste
         yield _Step(files)
 
 
-def _cuts(pool: ThreadPoolExecutor, fs: Any, base: str) -> list[tuple[str, str | None]]:
-    """Ranges of keys that cover a prefix: (behind this key, up to this one). S3 lists in the order of UTF-8 bytes.
+def _cuts(pool: ThreadPoolExecutor, fs: Any, base: str, after: str) -> list[tuple[str, str | None]]:
+    """Ranges that cover the keys behind `after`: (behind this key, up to this one). S3 lists in the order of UTF-8 bytes.
 
     Cut at folders, level by level until there are enough: a request per folder would be slow for a million of them.
     """
@@ -108,9 +113,9 @@ def _cuts(pool: ThreadPoolExecutor, fs: Any, base: str) -> list[tuple[str, str |
         found += level
         if not level or len(found) >= _RANGES:
             break
-    keys = sorted({folder.split("/", 1)[1] for folder in found})
+    keys = sorted(key for folder in found if (key := folder.split("/", 1)[1]) > after)
     keys = keys[:: -(-len(keys) // _RANGES) or 1]
-    return list(zip(["", *keys], [*keys, None], strict=True))
+    return list(zip([after, *keys], [*keys, None], strict=True))
 
 
 def _s3_folders(fs: Any, base: str) -> list[str]:
