@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Callable
 from datetime import date
 from decimal import Decimal
@@ -333,6 +334,27 @@ def test_json_values_of_several_types_are_refused_by_name(
     with pytest.raises(ManifestError, match=rf"{name}: column 'x' holds values of several types"):
         plan(manifest, pinned=tmp_path / "pinned")
     assert len(plan(manifest, pinned=tmp_path / "pinned", columns=()).rows) == len(values)
+
+
+def test_the_images_of_coco_annotations_are_a_manifest(tmp_path: Path) -> None:
+    images = [
+        {"license": 3, "file_name": f"{i:012}.jpg", "height": 480, "width": 640, "date_captured": when, "id": i}
+        for i, when in [(391895, "2013-11-14 11:18:45"), (522418, "2013-12-31 23:59:59")]
+    ]
+    renames = {"file_name": "uri", "id": "image_id"}
+    manifest = json_array(tmp_path / "images.json", *images)
+    planned = plan(manifest, pinned=tmp_path / "pinned", rename=renames, partition_by=("month:date_captured",))
+    assert planned.column("image_id") == ["391895", "522418"]
+    assert planned.column("uri") == [f"{tmp_path}/000000391895.jpg", f"{tmp_path}/000000522418.jpg"]
+    assert planned.partitions == (("month=2013-11", 1), ("month=2013-12", 1))
+    assert planned.column("date_captured") == ["2013-11-14 11:18:45", "2013-12-31 23:59:59"]
+
+
+def test_a_json_array_is_looked_at_in_pieces_for_what_is_wrong(tmp_path: Path) -> None:
+    rows = [{"uri": f"é{i}.jpg", "x": "y" * 1000} for i in range(3000)]  # three pieces
+    manifest = text(tmp_path / "m.json", json.dumps(rows, ensure_ascii=False)[:-1] + ', {"uri": }]')
+    with pytest.raises(ManifestError, match=r"m\.json row 3000 is not JSON: Expecting value, got '}]'"):
+        plan(manifest, pinned=tmp_path / "pinned")
 
 
 # ---- choosing and renaming
