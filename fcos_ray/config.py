@@ -12,6 +12,8 @@ from pydantic_settings import CliSuppress
 
 from fcos_ray.settings import Fraction, Positive, Seconds, Settings, Triple, load_settings
 
+Name = Annotated[str, Field(min_length=1)]
+
 # Settings that change what comes out for an image: written to labelling.json, shared by all runs on an output.
 LABELLING_SETTINGS = (
     "min_size", "max_size", "image_mean", "image_std", "score_threshold", "nms_threshold", "max_detections",
@@ -29,12 +31,19 @@ class JobConfig(Settings):
 
     # What to label, and where the result goes
     manifest: list[str] = Field(
-        min_length=1, description="Parquet, CSV, TSV, JSONL or text manifests; paths, s3:// uris, globs; repeatable"
+        min_length=1,
+        description="Parquet, CSV, TSV, JSON, JSONL or text manifests; paths, s3:// uris, globs; repeatable",
     )
     output: str = Field(min_length=1, description="Folder or s3:// prefix that receives the labels")
-    partition_by: list[str] = Field([], description="Manifest columns that become Hive partitions of the output")
+    uri_column: Name | None = Field(None, description="Manifest column that holds the uris (default: uri)")
+    image_id_column: Name | None = Field(
+        None, description="Manifest column of stable names (default: image_id, else uri)"
+    )
+    partition_by: list[str] = Field(
+        [], description="Columns that become Hive partitions; also year:, month: or date:<column of times>, in UTC"
+    )
     columns: list[str] | None = Field(None, description="Manifest columns to carry into the output (default: all)")
-    rename: dict[str, str] = Field({}, description="Rename manifest columns, old=new; also to uri or image_id")
+    rename: dict[str, str] = Field({}, description="Rename manifest columns, old=new, where names clash")
     limit: Positive | None = Field(None, description="Only the first N manifest rows")
     drop_duplicates: bool = Field(False, description="Keep the first row of a doubled image_id instead of refusing")
     refused_uris: Literal["stop", "error"] = Field(
@@ -132,13 +141,33 @@ class JobConfig(Settings):
             raise ValueError(f"max_size must be at least min_size ({self.min_size}), got {self.max_size}")
         return self
 
+    @model_validator(mode="after")
+    def _columns_have_one_name(self) -> JobConfig:
+        named = {"uri_column": self.uri_column, "image_id_column": self.image_id_column}
+        for setting, column in named.items():
+            target = setting.removesuffix("_column")
+            clash = next(
+                ((old, new) for old, new in self.rename.items() if column and (old == column or new == target)), None
+            )
+            if clash:
+                raise ValueError(f"{setting} {column} and rename {clash[0]}={clash[1]} contradict; give one of them")
+        if self.uri_column is not None and self.uri_column == self.image_id_column:
+            raise ValueError(f"uri_column and image_id_column are both {self.uri_column}; leave image_id_column out")
+        return self
+
+    @property
+    def renames(self) -> dict[str, str]:
+        """What manifest columns are called from here on: `rename`, uri_column and image_id_column in one."""
+        named = {self.uri_column: "uri", self.image_id_column: "image_id"}
+        return self.rename | {old: new for old, new in named.items() if old is not None and old != new}
+
     def labelling_settings(self) -> dict[str, Any]:
         """The settings that change a result, as JSON values."""
         return self.model_dump(mode="json", include=set(LABELLING_SETTINGS))
 
     def request_settings(self) -> dict[str, Any]:
-        """The settings that make a request, as JSON values."""
-        return self.model_dump(mode="json", include=set(REQUEST_SETTINGS))
+        """The settings that make a request, as JSON values; however a column was renamed, it is one request."""
+        return self.model_dump(mode="json", include=set(REQUEST_SETTINGS)) | {"rename": self.renames}
 
 
 def load_config(arguments: list[str]) -> JobConfig:

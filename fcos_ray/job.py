@@ -184,7 +184,7 @@ class _Job:
             "request_digest": self.request.digest,
             "sources": [asdict(source) for source in self.sources],
             "settings": self.config.model_dump(mode="json"),
-            "partition_by": list(self.config.partition_by),
+            "partition_by": [key.name for key in draft.keys],  # what stands in paths; settings have what was asked
             "allow_roots": list(self.fetch_policy.allow_roots),
             "attempt": attempt,
             "files": [asdict(file) for file in files],
@@ -322,7 +322,7 @@ def _plan_settings(config: JobConfig, sizes: Mapping[str, int], fetch_policy: Fe
     return PlanSettings(
         partition_by=tuple(config.partition_by),
         columns=None if config.columns is None else tuple(config.columns),
-        rename=config.rename,
+        rename=config.renames,
         limit=config.limit,
         drop_duplicates=config.drop_duplicates,
         refused_uris=config.refused_uris,

@@ -108,6 +108,11 @@ def test_lists_and_renames_are_given_once_each_or_with_commas() -> None:
         (["--min-size", "900", "--max-size", "800"], "max_size must be at least min_size (900), got 800"),
         (["--image-mean", "0.1"], "image_mean has too few values, got [0.1]"),
         (["--rename", "a"], "--rename wants old=new"),
+        (["--uri-column", "a", "--rename", "a=x"], "uri_column a and rename a=x contradict; give one of them"),
+        (["--uri-column", "a", "--rename", "b=uri"], "uri_column a and rename b=uri contradict; give one of them"),
+        (["--image-id-column", "a", "--rename", "a=uri"], "image_id_column a and rename a=uri contradict"),
+        (["--uri-column", "a", "--image-id-column", "a"], "uri_column and image_id_column are both a; leave image_id"),
+        (["--uri-column", ""], "uri_column should have at least 1 character"),
         (["--output", ""], "output should have at least 1 character, got ''"),
         (["stray"], "unrecognized arguments: stray"),
         (["--config", "/no/such.toml"], "--config /no/such.toml cannot be read: No such file or directory"),
@@ -151,7 +156,7 @@ def test_help_lists_every_visible_setting_and_ends_well(capsys: pytest.CaptureFi
     assert end.value.code == 0
     shown = set(re.findall(r"^  --([a-z-]+)", capsys.readouterr().out, re.MULTILINE))
     assert shown == {name.replace("_", "-") for name in JobConfig.model_fields if name not in HIDDEN} | {"config"}
-    assert len(shown) <= 28
+    assert len(shown) <= 29
 
 
 def test_help_does_not_repeat_defaults_that_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,6 +195,15 @@ def test_a_request_and_a_labelling_share_no_setting_and_are_json() -> None:
     assert config.labelling_settings().keys() == set(LABELLING_SETTINGS)
     assert not set(REQUEST_SETTINGS) & set(LABELLING_SETTINGS)
     assert config.labelling_settings()["image_mean"] == [0.0, 0.0, 0.0]  # as it comes back from labelling.json
+
+
+def test_a_column_named_by_its_own_flag_is_the_same_request_as_a_rename() -> None:
+    by_flag = load_config([*NEEDED, "--uri-column", "path", "--image-id-column", "id", "--rename", "row=line"])
+    by_rename = load_config([*NEEDED, "--rename", "path=uri,id=image_id,row=line"])
+    assert by_flag.renames == by_rename.renames == {"path": "uri", "id": "image_id", "row": "line"}
+    assert by_flag.request_settings() == by_rename.request_settings()
+    plain, spelled_out = load_config(NEEDED), load_config([*NEEDED, "--uri-column", "uri"])
+    assert plain.request_settings() == spelled_out.request_settings()
 
 
 def test_flags_and_the_class_give_the_same_config() -> None:

@@ -22,6 +22,7 @@ AT_HOME = {  # library: where it may be imported
         "analysis",
         "inputs.formats",
         "inputs.json_lines",
+        "inputs.listing",
         "inputs.manifests",
         "inputs.plan",
         "inputs.pin",

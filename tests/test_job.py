@@ -46,7 +46,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def labelled(corpus: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> tuple[Path, fr.RunSummary]:
     """The corpus labelled once by FCOS itself, partitioned."""
     output = tmp_path_factory.mktemp("labelled")
-    summary = fr.run(config(corpus / "manifest.parquet", output, shard_rows=16, partition_by=["captured_at"]))
+    partition_by = ["captured_at", "month:captured_at"]
+    summary = fr.run(config(corpus / "manifest.parquet", output, shard_rows=16, partition_by=partition_by))
     return output, summary
 
 
@@ -119,6 +120,8 @@ def test_partitioned_output_opens_in_duckdb_pyarrow_pandas_and_ray(
         f"SELECT image_id, CAST(captured_at AS VARCHAR) FROM read_parquet('{folder}/**/*.parquet', hive_partitioning=true)"
     ).fetchall()
     assert dict(in_duckdb) == wanted
+    months = duckdb.sql(f"SELECT image_id, month FROM '{folder}/**/*.parquet'").fetchall()
+    assert dict(months) == {image_id: day[:7] for image_id, day in wanted.items()}
     dataset = pyarrow.dataset.dataset(folder, partitioning="hive")
     in_arrow = dataset.to_table(columns=["image_id", "captured_at"]).to_pylist()
     assert {row["image_id"]: row["captured_at"] for row in in_arrow} == wanted
@@ -290,6 +293,7 @@ def test_the_records_explain_the_run(corpus: Path, labelled: tuple[Path, fr.RunS
     assert len(labelling["categories"]) == 91
     run = json.loads((output / "runs" / summary.run_id / "run.json").read_text())
     assert run["sources"][0]["uri"] == str(corpus / "manifest.parquet")
+    assert run["partition_by"] == ["captured_at", "month"]
     success = json.loads((output / "runs" / summary.run_id / "_SUCCESS.json").read_text())
     assert success["rows"] == summary.rows
     assert success["versions"]["ray"].startswith("2.")

@@ -76,6 +76,38 @@ def test_of_sixteen_racing_writers_exactly_one_wins(folder: str) -> None:
         assert storage.read_bytes(uri) == f"writer {won.index(True):02d}".encode()
 
 
+def test_a_finished_file_is_published_whole_and_replaced_only_when_asked(folder: str, tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.write_bytes(b"ours" * 3_000_000)
+    theirs.write_bytes(b"theirs")
+    uri = storage.join(folder, "deep", "m.bin")
+    assert storage.publish(ours, uri)
+    assert not storage.publish(theirs, uri)
+    assert storage.read_bytes(uri) == ours.read_bytes()
+    assert storage.publish(theirs, uri, overwrite=True)
+    assert storage.read_bytes(uri) == b"theirs"
+    assert [file.uri for file in storage.list_files(folder)] == [uri]
+
+
+def test_a_published_file_whose_answer_was_lost_is_ours(s3_bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "ours").write_bytes(b"ours" * 2_000_000)
+    (tmp_path / "longer").write_bytes(b"ours" * 2_000_001)
+    assert storage.publish(tmp_path / "ours", f"{s3_bucket}/m.bin")
+    assert storage.publish(tmp_path / "ours", f"{s3_bucket}/m.bin"), "equal bytes: nothing to replace"
+    assert not storage.publish(tmp_path / "longer", f"{s3_bucket}/m.bin")
+
+
+def test_scanning_finds_what_listing_finds_and_names_what_is_missing(folder: str, tmp_path: Path) -> None:
+    for name in (*ODD_NAMES, *(f"x=1 %/{name}" for name in ODD_NAMES)):
+        assert storage.create(f"{folder}/{name}", b"x")
+    scanned = [file for files in storage.scan_files(folder) for file in files]
+    assert sorted(scanned, key=lambda file: file.uri) == list(storage.list_files(folder))
+    assert all(file.last_modified is not None and file.last_modified.tzinfo is not None for file in scanned)
+    if not folder.startswith("s3://"):
+        with pytest.raises(FileNotFoundError, match="none"):
+            list(storage.scan_files(f"{folder}/none"))
+
+
 def test_odd_names_are_created_listed_read_and_expanded_as_themselves(folder: str) -> None:
     for name in ODD_NAMES:
         assert storage.create(storage.join(folder, "x=1 %", name), name.encode())

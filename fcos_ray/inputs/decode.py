@@ -30,9 +30,9 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -99,6 +99,47 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
             raise DecodeError("corrupt", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
+class Size(NamedTuple):
+    """Pixels of an image as seen: after EXIF orientation."""
+
+    width: int
+    height: int
+
+
+def probe(head: bytes) -> Size | None:
+    """The size that the first bytes of a file announce, without decoding pixels. None: no image, or more bytes are needed.
+
+    It agrees with `decode`, except that a PNG's orientation may stand behind its pixels. More bytes are needed for a
+    JPEG behind a fat EXIF block, a TIFF whose directory stands at the end, and a WEBP with EXIF, which it keeps there.
+    """
+    with _pillow_does_not_warn():
+        try:
+            if head[:4] == b"RIFF" and int.from_bytes(head[4:8], "little") + 8 > len(head):
+                return _size_of_cut_webp(head)
+            picture = _open(head, MAX_PIXELS)
+            size = Size(*picture.size)
+            # Not PNG's own getexif, which decodes the pixels to look behind them. TIFF's size is turned already.
+            turned = picture.format != "TIFF" and _orientation(picture, PIL.Image.Image.getexif) >= 5
+        except (DecodeError, DecompressionBombError, *_DAMAGED):
+            return None
+    return Size(size.height, size.width) if turned else size
+
+
+def _size_of_cut_webp(head: bytes) -> Size | None:
+    """By RFC 9649: Pillow opens whole files only. With EXIF, which comes last, the orientation is not known yet."""
+    if head[8:12] != b"WEBP" or len(head) < 30:
+        return None
+    kind = head[12:16]
+    if kind == b"VP8X" and not head[20] & 0x08:
+        return Size(1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little"))
+    if kind == b"VP8L" and head[20] == 0x2F:
+        bits = int.from_bytes(head[21:25], "little")
+        return Size(1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF))
+    if kind == b"VP8 " and head[23:26] == b"\x9d\x01\x2a":
+        return Size(*(int.from_bytes(head[at : at + 2], "little") & 0x3FFF for at in (26, 28)))
+    return None
+
+
 def _open(data: bytes, max_pixels: int) -> ImageFile:
     """Read the header. PIL.Image.open would call a broken header an unknown format, and check its own limit."""
     prefix = data[:16]
@@ -134,10 +175,12 @@ def _read(picture: PIL.Image.Image) -> Image:
     return Image(pixels, height=height, width=width, orientation=orientation)
 
 
-def _orientation(picture: PIL.Image.Image) -> int:
+def _orientation(
+    picture: PIL.Image.Image, exif_of: Callable[[Any], PIL.Image.Exif] = lambda picture: picture.getexif()
+) -> int:
     """EXIF (or XMP) orientation. Anything but 2 to 8 is 1; an unreadable EXIF block does not damage the image."""
     try:
-        value = picture.getexif().get(_ORIENTATION_TAG, 1)
+        value = exif_of(picture).get(_ORIENTATION_TAG, 1)
     except _DAMAGED:
         return 1
     return value if isinstance(value, int) and value in _TRANSPOSE else 1

@@ -47,6 +47,7 @@ class FetchPolicy:
     allow_roots: tuple[str, ...] = ()  # absolute local folders below which files may be read; none by default
     allow_schemes: tuple[str, ...] = _SCHEMES
     max_bytes: int = 256 * 2**20  # of one image
+    head_bytes: int | None = None  # read only so many from the start, however large the image is
     timeout_seconds: float = 30.0  # one attempt
     deadline_seconds: float = 120.0  # one image over all attempts
     max_attempts: int = 10
@@ -211,7 +212,8 @@ async def _read(location: storage.Location, policy: FetchPolicy, attempt: int) -
 async def _read_s3(path: str, policy: FetchPolicy, attempt: int) -> _Fetched:
     """One GET. s3fs's cat_file would ask for the size first, and cuts `?versionId=` off a key."""
     bucket, _, key = path.partition("/")
-    answer = await storage.s3()._call_s3("get_object", Bucket=bucket, Key=key)
+    head = {"Range": f"bytes=0-{policy.head_bytes - 1}"} if policy.head_bytes else {}
+    answer = await storage.s3()._call_s3("get_object", Bucket=bucket, Key=key, **head)
     body, expected = answer["Body"], answer.get("ContentLength")
     try:
         if expected is not None and expected > policy.max_bytes:
@@ -242,20 +244,20 @@ def _read_local(path: str, policy: FetchPolicy, attempt: int) -> _Fetched:
             raise FetchError("uri_refused", "outside the allowed roots after following links")
         if not stat.S_ISREG(status.st_mode):
             raise FetchError("not_a_file", f"a {_kind(status.st_mode)}")
-        if status.st_size > policy.max_bytes:
+        if status.st_size > policy.max_bytes and policy.head_bytes is None:
             raise _too_large(f"{status.st_size} bytes", policy)
         with open(self_link, "rb", buffering=0) as file:  # noqa: PTH123
             data = _read_all(file.read, policy)
     finally:
         os.close(handle)
-    if len(data) > policy.max_bytes:
+    if len(data) > policy.max_bytes and policy.head_bytes is None:
         raise _too_large(f"at least {len(data)} bytes", policy)
     return _Fetched(data, None, _EPOCH + timedelta(microseconds=status.st_mtime_ns // 1000), attempt)
 
 
 def _read_all(read: Callable[[int], bytes], policy: FetchPolicy) -> bytes:
     chunks: list[bytes] = []
-    left = policy.max_bytes + 1
+    left = policy.head_bytes or policy.max_bytes + 1
     while left and (chunk := read(min(left, _CHUNK_BYTES))):
         chunks.append(chunk)
         left -= len(chunk)

@@ -12,7 +12,7 @@ import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
-from typing import Final
+from typing import Final, Literal
 
 import duckdb
 import pyarrow as pa
@@ -21,12 +21,12 @@ import pyarrow.parquet as pq
 from fcos_ray import storage
 from fcos_ray.errors import ManifestError
 from fcos_ray.inputs.columns import check_names, is_exact, merge, plain, why_not
-from fcos_ray.inputs.json_lines import scan_jsonl
+from fcos_ray.inputs.json_lines import scan_json
 from fcos_ray.inputs.scans import COMPRESSIONS, FILE, LINE_BYTES, Scan, literal, opened, unreadable, uri_list
 
 _FORMATS: Final = {
     ".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl",
-    ".txt": "text", ".lst": "text",
+    ".json": "json", ".txt": "text", ".lst": "text",
 }  # fmt: skip
 
 
@@ -54,8 +54,9 @@ def scan(
     match format_name:
         case "parquet":
             scans = [_scan_parquet(uris, wanted)]
-        case "jsonl":
-            scans = [scan_jsonl(connection, uris, wanted)]
+        case "jsonl" | "json":
+            layout: Literal["lines", "array"] = "lines" if format_name == "jsonl" else "array"
+            scans = [scan_json(connection, uris, wanted, layout=layout)]
         case "text":
             scans = [_scan_text(uris)]
         case _:

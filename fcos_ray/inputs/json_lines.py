@@ -1,11 +1,11 @@
-"""JSON lines -> a scan. One type per column, found over all rows; strings stay strings (no guessing of dates)."""
+"""JSON lines and arrays -> a scan. One type per column, found over all rows; strings stay strings (no guessing of dates)."""
 
 from __future__ import annotations
 
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 import duckdb
 import pyarrow as pa
@@ -13,13 +13,25 @@ import pyarrow as pa
 from fcos_ray import storage
 from fcos_ray.errors import ManifestError
 from fcos_ray.inputs.columns import check_names
+from fcos_ray.inputs.json_arrays import bad_array
 from fcos_ray.inputs.scans import FILE, LINE_BYTES, Scan, literal, opened, unreadable, uri_list
 
 _INT64: Final = range(-(2**63), 2**63)
 
 
-def scan_jsonl(connection: duckdb.DuckDBPyConnection, uris: Sequence[str], wanted: Callable[[str], bool]) -> Scan:
-    objects = f"read_ndjson_objects({uri_list(uris)}, filename={literal(FILE)}, maximum_object_size={LINE_BYTES})"
+def scan_json(
+    connection: duckdb.DuckDBPyConnection,
+    uris: Sequence[str],
+    wanted: Callable[[str], bool],
+    *,
+    layout: Literal["lines", "array"],
+) -> Scan:
+    """Files of one object per line, or of one array of objects each. Raises ManifestError naming file and row."""
+    objects = (
+        f"read_json_objects({uri_list(uris)}, format='{'newline_delimited' if layout == 'lines' else 'array'}', "
+        f"filename={literal(FILE)}, maximum_object_size={LINE_BYTES})"
+    )
+    first_bad_row = _bad_line if layout == "lines" else bad_array
     try:
         found, doubled = connection.execute(
             "SELECT json_group_structure(json)::VARCHAR, "
@@ -27,10 +39,10 @@ def scan_jsonl(connection: duckdb.DuckDBPyConnection, uris: Sequence[str], wante
             f"len(list_distinct(json_keys(json)))) FROM {objects}"
         ).fetchall()[0]
     except duckdb.Error as error:
-        raise _bad_line(uris) or unreadable(error, uris) from error
+        raise first_bad_row(uris) or unreadable(error, uris) from error
     structure = json.loads(found or "{}")
     if not isinstance(structure, dict):
-        raise _bad_line(uris) or ManifestError(f"{uris[0]}: wanted one JSON object per line, got {found}")
+        raise first_bad_row(uris) or ManifestError(f"{uris[0]}: wanted JSON objects, got {found}")
     if doubled:
         raise ManifestError(
             f"{doubled['file']}: a key stands twice in {storage.without_userinfo(doubled['line'])[:200]}"
@@ -56,7 +68,8 @@ def _bad_line(uris: Sequence[str]) -> ManifestError | None:
                 for number, line in enumerate(lines, start=1):
                     try:
                         if line.strip() and not isinstance(json.loads(line), dict):
-                            return ManifestError(f"{uri} line {number}: wanted a JSON object, got {line[:80]!r}")
+                            hint = "; a file of one array is named .json" if line.lstrip().startswith(b"[") else ""
+                            return ManifestError(f"{uri} line {number}: wanted a JSON object, got {line[:80]!r}{hint}")
                     except ValueError as error:
                         return ManifestError(f"{uri} line {number} is not JSON: {error}")
         except (pa.ArrowException, OSError) as error:

@@ -87,7 +87,7 @@ def load(
             chosen = [f"{quote(name)} AS {quote(renamed[name])}" for name in found.columns]
             selects.append(f"SELECT {', '.join([*chosen, FILE])} FROM {found.sql}")
     if missing := [old for old in rename if old not in names]:
-        raise ManifestError(f"--rename: {unknown_column(missing[0], names)}")
+        raise ManifestError(f"{unknown_column(missing[0], names)}; it was to become {rename[missing[0]]!r}")
     tail = f" LIMIT {limit}" if limit else ""
     try:
         connection.execute(f"CREATE TABLE manifest AS ({' UNION ALL BY NAME '.join(selects)}){tail}").fetchall()
@@ -109,8 +109,11 @@ def _check_renamed(uri: str, renamed: Mapping[str, str]) -> None:
     try:
         check_names(uri, renamed.values())
     except ManifestError as error:
-        asked = ", ".join(f"{old}={new}" for old, new in renamed.items() if old != new)
-        raise ManifestError(f"--rename {asked}: {error}") from error
+        asked = {old: new for old, new in renamed.items() if old != new}
+        kept = [new for new in asked.values() if new in renamed]
+        hint = f"; --rename {kept[0]}=<another name> keeps the file's own" if kept else ""
+        listed = ", ".join(f"{old}={new}" for old, new in asked.items())
+        raise ManifestError(f"--rename {listed}: {error}{hint}") from error
 
 
 def unknown_column(name: str, columns: Iterable[str]) -> str:

@@ -32,7 +32,7 @@ class PinnedFile:
 
 def pin(draft: Draft, folder: str) -> tuple[PinnedFile, ...]:
     """Write the pinned manifest under `folder`: one row group per shard, ordered by partition, then padded shape."""
-    order = [PARTITION] if draft.settings.partition_by else []
+    order = [PARTITION] if draft.keys else []
     writer = _PinnedWriter(folder, draft)
     names = [n for n in KNOWN_COLUMNS if n.startswith("content_") and _has_column(draft.connection, n)]
     known = "".join(f", CAST(m.{quote(n)} AS {KNOWN_COLUMNS[n]}) AS {quote(n)}" for n in names)

@@ -5,14 +5,12 @@ DuckDB does the work out of core; everything a user got wrong is said here, befo
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
-from urllib.parse import quote as percent_escape
 
 import duckdb
 import pyarrow as pa
@@ -23,6 +21,15 @@ from fcos_ray.errors import ManifestError
 from fcos_ray.inputs import manifests
 from fcos_ray.inputs.fetch import FetchPolicy
 from fcos_ray.inputs.manifests import Loaded, Source
+from fcos_ray.inputs.partitions import (
+    NOT_A_TIME,
+    PartitionKey,
+    check_keys,
+    hive_escape,
+    is_string,
+    parse_keys,
+    path_sql,
+)
 from fcos_ray.inputs.resolve import resolver
 from fcos_ray.inputs.scans import FILE, literal, quote
 
@@ -42,7 +49,7 @@ _ELEMENT_BYTES: Final = 240  # of a path element; disks take 255
 class PlanSettings:
     """What a plan depends on besides the manifests."""
 
-    partition_by: tuple[str, ...] = ()
+    partition_by: tuple[str, ...] = ()  # as inputs/partitions.py reads them
     columns: tuple[str, ...] | None = None
     rename: Mapping[str, str] = field(default_factory=dict)
     limit: int | None = None
@@ -63,6 +70,7 @@ class Draft:
     connection: duckdb.DuckDBPyConnection
     settings: PlanSettings
     columns: dict[str, pa.DataType]  # passthrough columns, in the manifest's order
+    keys: tuple[PartitionKey, ...]  # of the Hive paths
     partitions: tuple[tuple[str, int], ...]  # Hive path ("" without partitions) and rows, in the order of the shards
     shard_rows: int
     num_duplicates_dropped: int
@@ -87,30 +95,35 @@ def draft_plan(sources: Sequence[Source], settings: PlanSettings) -> Iterator[Dr
         connection = duckdb.connect(str(Path(folder) / "plan.duckdb"), config={"temp_directory": folder})
         try:
             connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
+            keys = parse_keys(settings.partition_by)
             loaded = manifests.load(
-                connection, sources, rename=settings.rename, limit=settings.limit, keep=_needed(settings)
+                connection, sources, rename=settings.rename, limit=settings.limit, keep=_needed(settings, keys)
             )
-            yield _validate(connection, loaded, sources, settings)
+            yield _validate(connection, loaded, sources, settings, keys)
         finally:
             connection.close()
 
 
-def _needed(settings: PlanSettings) -> set[str] | None:
+def _needed(settings: PlanSettings, keys: Sequence[PartitionKey]) -> set[str] | None:
     """The columns to load: the rest need not even have a type that comes out exact. None: all."""
     if settings.columns is None:
         return None
-    return {"uri", "image_id", *KNOWN_COLUMNS, *settings.partition_by, *settings.columns}
+    return {"uri", "image_id", *KNOWN_COLUMNS, *(key.column for key in keys), *settings.columns}
 
 
 def _validate(
-    connection: duckdb.DuckDBPyConnection, loaded: Loaded, sources: Sequence[Source], settings: PlanSettings
+    connection: duckdb.DuckDBPyConnection,
+    loaded: Loaded,
+    sources: Sequence[Source],
+    settings: PlanSettings,
+    keys: tuple[PartitionKey, ...],
 ) -> Draft:
     types = loaded.types
     if not _count(connection, "SELECT count(*) FROM manifest"):
         raise ManifestError(f"{_where(sources)}: the manifest has no rows")
-    passthrough = _check_columns(loaded, sources, settings)
+    passthrough = _check_columns(loaded, sources, settings, keys)
     _refuse_rows(connection, "uri", "uri IS NULL OR CAST(uri AS VARCHAR) = ''", "is null or empty")
-    for name in ("image_id", *settings.partition_by):
+    for name in dict.fromkeys(["image_id", *(key.column for key in keys)]):
         if name in types:
             empty = f"{quote(name)} IS NULL OR CAST({quote(name)} AS VARCHAR) = ''"
             _refuse_rows(connection, name, empty, "is null or empty")
@@ -120,10 +133,12 @@ def _validate(
             if sql_type == "BIGINT":  # 2.7 would be cast to 3
                 unfit += f" OR TRY_CAST({quote(name)} AS DOUBLE) <> TRY_CAST({quote(name)} AS BIGINT)"
             _refuse_rows(connection, name, f"{quote(name)} IS NOT NULL AND ({unfit})", f"is not {_MEANINGS[sql_type]}")
-    for name in settings.partition_by:
-        null = f"CAST({quote(name)} AS VARCHAR) = '__HIVE_DEFAULT_PARTITION__'"
-        _refuse_rows(connection, name, null, "holds what every reader of partitions takes for null,")
-    _add_working_columns(connection, types, sources, settings)
+    for key in keys:
+        if key.function is not None:
+            _refuse_rows(connection, key.column, key.unfit_sql(types), NOT_A_TIME)
+        null = f"{key.value_sql(types)} = '__HIVE_DEFAULT_PARTITION__'"
+        _refuse_rows(connection, key.column, null, "holds what every reader of partitions takes for null,")
+    _add_working_columns(connection, types, sources, settings, keys)
     num_refused = _refused_uris(connection, settings)
     num_dropped = _duplicates(connection, settings, key="image_id" if "image_id" in types else "uri")
     partitions = tuple(
@@ -134,8 +149,8 @@ def _validate(
     )
     num_rows = sum(rows for _, rows in partitions)
     shard_rows = settings.shard_rows or min(max(-(-num_rows // 500), 64), 32_768)
-    draft = Draft(connection, settings, passthrough, partitions, shard_rows, num_dropped, num_refused)
-    _check_file_count(draft)
+    draft = Draft(connection, settings, passthrough, keys, partitions, shard_rows, num_dropped, num_refused)
+    _check_file_count(draft, types)
     return draft
 
 
@@ -148,53 +163,37 @@ def _where(sources: Sequence[Source]) -> str:
     return sources[0].uri if len(sources) == 1 else f"{sources[0].uri} and {len(sources) - 1} more"
 
 
-def _check_columns(loaded: Loaded, sources: Sequence[Source], settings: PlanSettings) -> dict[str, pa.DataType]:
+def _check_columns(
+    loaded: Loaded, sources: Sequence[Source], settings: PlanSettings, keys: Sequence[PartitionKey]
+) -> dict[str, pa.DataType]:
     """The passthrough columns. Raises ManifestError for a column that is missing, clashes or cannot do what is asked."""
     where, types = _where(sources), loaded.types
-    for name in ("uri", *settings.partition_by, *(settings.columns or ())):
+    plain = {key.column for key in keys if key.function is None}
+    for name in ("uri", *(key.column for key in keys), *(settings.columns or ())):
         if name not in types:
-            hint = "; --rename <column>=uri says which column holds the uris" if name == "uri" else ""
+            hint = "; --uri-column <column> says which holds the uris" if name == "uri" else ""
             raise ManifestError(f"{where}: {manifests.unknown_column(name, loaded.names)}{hint}")
     for name in ("uri", "content_etag", "content_sha256"):
-        if name in types and not _is_string(types[name]):
+        if name in types and not is_string(types[name]):
             raise ManifestError(f"{where}: column {name!r} wanted strings, got {types[name]}")
-    if "image_id" in types and not (_is_string(types["image_id"]) or pa.types.is_integer(types["image_id"])):
+    if "image_id" in types and not (is_string(types["image_id"]) or pa.types.is_integer(types["image_id"])):
         raise ManifestError(f"{where}: column 'image_id' wanted strings or integers, got {types['image_id']}")
-    for name in settings.partition_by:
-        _check_partition_column(where, name, types[name], settings)
     own = {"uri", "image_id", *KNOWN_COLUMNS}
+    if fixed := [name for name in types if name in plain & own]:
+        raise ManifestError(
+            f"{where}: column {fixed[0]!r} cannot partition, because every output file has a column of that name"
+        )
     chosen = set(settings.columns) if settings.columns is not None else set(types)
-    carried = {name: types[name] for name in types if name not in own and name in chosen | set(settings.partition_by)}
+    carried = {name: types[name] for name in types if name not in own and name in chosen | plain}
     for name in carried:
         # rowid is DuckDB's own name for the place of a row, which the plan relies on.
         if name.casefold() in settings.reserved_columns | {"rowid"} or name.startswith("__"):
             raise ManifestError(
                 f"{where}: column {name!r} clashes with a column of the output; --rename {name}=manifest_{name.strip('_')}"
             )
+    in_files = {name.casefold() for name in carried if name not in plain} | own | settings.reserved_columns
+    check_keys(where, keys, types, taken=in_files)
     return carried
-
-
-def _check_partition_column(where: str, name: str, type_: pa.DataType, settings: PlanSettings) -> None:
-    if name in ("uri", "image_id", *KNOWN_COLUMNS):
-        raise ManifestError(
-            f"{where}: column {name!r} cannot partition, because every output file has a column of that name"
-        )
-    if not (
-        _is_string(type_) or any(is_(type_) for is_ in (pa.types.is_integer, pa.types.is_boolean, pa.types.is_date32))
-    ):
-        raise ManifestError(
-            f"{where}: column {name!r} cannot partition; wanted strings, integers, booleans or dates, got {type_}"
-        )
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise ManifestError(
-            f"{where}: partition column {name!r} must be letters, digits, _ and - to stand in a path; --rename it"
-        )
-    if settings.partition_by.count(name) > 1:
-        raise ManifestError(f"partition column {name!r} is given twice")
-
-
-def _is_string(type_: pa.DataType) -> bool:
-    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))
 
 
 def _refuse_rows(connection: duckdb.DuckDBPyConnection, column: str, condition: str, problem: str) -> None:
@@ -221,6 +220,7 @@ def _add_working_columns(
     types: dict[str, pa.DataType],
     sources: Sequence[Source],
     settings: PlanSettings,
+    keys: Sequence[PartitionKey],
 ) -> None:
     """Table `planned`: per manifest row its resolved uri, id, reason of refusal, partition path and padded shape."""
     folders = {source.uri: storage.parent(source.uri) for source in sources}
@@ -228,21 +228,14 @@ def _add_working_columns(
     resolve = resolver(folders, settings.fetch)
     kind = "STRUCT(uri VARCHAR, reason VARCHAR)"
     connection.create_function("resolve_uri", resolve, ["VARCHAR", "VARCHAR"], kind, type=PythonUDFType.ARROW)
-    connection.create_function("hive_escape", _hive_escape, ["VARCHAR"], "VARCHAR", type=PythonUDFType.ARROW)
-    path = " || '/' || ".join(
-        f"'{name}=' || hive_escape(CAST({quote(name)} AS VARCHAR))" for name in settings.partition_by
-    )
+    connection.create_function("hive_escape", hive_escape, ["VARCHAR"], "VARCHAR", type=PythonUDFType.ARROW)
     shape = _padded_shape_sql(settings) if {"width", "height"} <= types.keys() else "0"
     identity = "CAST(image_id AS VARCHAR)" if "image_id" in types else "__resolved.uri"
     connection.execute(
         f"CREATE TABLE planned AS SELECT rowid AS number, __resolved.uri AS uri, __resolved.reason AS {REFUSED}, "
-        f"{identity} AS image_id, {path or literal('')} AS {PARTITION}, {shape} AS shape "
+        f"{identity} AS image_id, {path_sql(keys, types)} AS {PARTITION}, {shape} AS shape "
         f"FROM (SELECT *, rowid, resolve_uri(CAST(uri AS VARCHAR), {FILE}) AS __resolved FROM manifest)"
     )
-
-
-def _hive_escape(values: pa.ChunkedArray) -> pa.Array:
-    return pa.array([percent_escape(value, safe="") for value in values.to_pylist()], pa.string())
 
 
 def _padded_shape_sql(settings: PlanSettings) -> str:
@@ -304,7 +297,7 @@ def _duplicates(connection: duckdb.DuckDBPyConnection, settings: PlanSettings, *
     )
 
 
-def _check_file_count(draft: Draft) -> None:
+def _check_file_count(draft: Draft, types: Mapping[str, pa.DataType]) -> None:
     settings = draft.settings
     for path, _ in draft.partitions:
         if too_long := next((part for part in path.split("/") if len(part) > _ELEMENT_BYTES), None):
@@ -316,10 +309,10 @@ def _check_file_count(draft: Draft) -> None:
     if draft.num_shards <= settings.max_files:
         return
     blame = "a larger --shard-rows"
-    if settings.partition_by:
+    if draft.keys:
         counts = {
-            name: _count(draft.connection, f"SELECT count(DISTINCT {quote(name)}) FROM manifest")
-            for name in settings.partition_by
+            key.name: _count(draft.connection, f"SELECT count(DISTINCT {key.value_sql(types)}) FROM manifest")
+            for key in draft.keys
         }
         worst = max(counts, key=lambda name: counts[name])
         blame = f"a coarser partition column than {worst!r} ({counts[worst]:,} values)"

@@ -4,12 +4,13 @@ uris.py         a uri is a local path, `s3://bucket/key`, or another scheme that
 retries.py      transient or permanent; how long to wait
 connections.py  uri -> filesystem, with deadlines
 listing.py      exists, list_files, list_folders, expand
-files.py        read_bytes, open_for_reading, create, delete, and the probe that a store honours create-if-absent
+scanning.py     scan_files: many parts of a large folder listed at once, in no order
 listed.py       listed files as a filesystem, for libraries that want one
+files.py        read_bytes, open_for_reading, create, publish, delete, and the probe that a store honours create-if-absent
 """
 
 from fcos_ray.storage.connections import OPERATION_SECONDS, S3_CONFIG, filesystem, s3
-from fcos_ray.storage.files import create, delete, open_for_reading, probe_create_if_absent, read_bytes
+from fcos_ray.storage.files import create, delete, open_for_reading, probe_create_if_absent, publish, read_bytes
 from fcos_ray.storage.listed import ListedFiles
 from fcos_ray.storage.listing import StoredFile, exists, expand, list_files, list_folders
 from fcos_ray.storage.retries import (
@@ -21,6 +22,7 @@ from fcos_ray.storage.retries import (
     retrying,
     store_answer,
 )
+from fcos_ray.storage.scanning import scan_files
 from fcos_ray.storage.uris import InvalidUri, Location, join, parent, parse_uri, without_userinfo
 
 __all__ = [
@@ -47,9 +49,11 @@ __all__ = [
     "parent",
     "parse_uri",
     "probe_create_if_absent",
+    "publish",
     "read_bytes",
     "retrying",
     "s3",
+    "scan_files",
     "store_answer",
     "without_userinfo",
 ]

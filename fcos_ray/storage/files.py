@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, Final, cast
 
 from fcos_ray.errors import OutputError, StorageError
 from fcos_ray.storage.connections import OPERATION_SECONDS, deadline, filesystem, is_local, is_s3
@@ -18,6 +19,8 @@ from fcos_ray.storage.uris import join
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
+
+_COPY_BYTES: Final = 4 * 2**20
 
 
 def read_bytes(uri: str) -> bytes:
@@ -131,6 +134,61 @@ def _create_local(path: Path, data: bytes, temporary_folder: Path) -> bool:
             if path.stat().st_size != len(data) or path.read_bytes() != data:
                 return False
         _fsync_folder(path.parent)
+        return True
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def publish(path: Path, uri: str, *, overwrite: bool = False) -> bool:
+    """Make a finished local file appear under `uri`, whole or not at all. False: a file is there already, and stays.
+
+    For files too large for `create`: flat in memory. In a store, above 128 MiB, two writers at once may both be told
+    True (a multipart upload checks late, and Ceph 16 not at all). Raises as `create` does.
+    """
+    fs, target = filesystem(uri)
+    if is_local(fs):
+        return retrying(f"creating {uri}", lambda: _publish_local(path, Path(target), overwrite=overwrite))
+    if not overwrite and stat_file(uri) is not None:
+        return _same_file(path, uri)
+
+    def put() -> bool:
+        options = {"timeout": OPERATION_SECONDS + path.stat().st_size / 2**20} if is_s3(fs) else {}
+        try:
+            fs.put_file(str(path), target, mode="overwrite" if overwrite else "create", **options)
+        except OSError as error:
+            if isinstance(error, FileExistsError) or store_answer(error)[0] == 412:
+                return _same_file(path, uri)
+            raise
+        return True
+
+    return retrying(f"creating {uri}", put)
+
+
+def _same_file(path: Path, uri: str) -> bool:
+    with path.open("rb") as ours, open_for_reading(uri, block_bytes=_COPY_BYTES) as theirs:
+        while chunk := ours.read(_COPY_BYTES):
+            if theirs.read(len(chunk)) != chunk:
+                return False
+        return not theirs.read(1)
+
+
+def _publish_local(path: Path, target: Path, *, overwrite: bool) -> bool:
+    _make_folder(target.parent)
+    temporary = target.parent / f".{uuid.uuid4().hex}.tmp"
+    try:
+        with path.open("rb") as data, temporary.open("xb") as file:
+            shutil.copyfileobj(data, file, _COPY_BYTES)
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            temporary.replace(target)
+        else:
+            try:
+                os.link(temporary, target)
+            except FileExistsError:
+                return False
+        _fsync_folder(target.parent)
         return True
     finally:
         with suppress(FileNotFoundError):

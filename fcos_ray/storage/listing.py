@@ -13,6 +13,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from fcos_ray.storage.connections import OPERATION_SECONDS, filesystem, is_local
 from fcos_ray.storage.retries import retrying
 from fcos_ray.storage.uris import Location, join, parse_uri
 
+_EPOCH = datetime.fromtimestamp(0, UTC)
 _MAGIC = re.compile(r"[*?\[]")
 
 
@@ -31,6 +33,7 @@ class StoredFile:
     uri: str
     num_bytes: int
     version: str  # etag, or modification time: changes when the content does
+    last_modified: datetime | None = None  # UTC; None where the store does not say
 
 
 def exists(uri: str) -> bool:
@@ -46,8 +49,8 @@ def list_files(folder: str) -> Iterator[StoredFile]:
     fs, path = filesystem(folder)
     base = path.rstrip("/") + "/"
     if is_s3(fs):
-        for page in _s3_pages(fs, base):
-            yield from _s3_files(base, page)
+        for page in s3_pages(fs, base):
+            yield from s3_files(base, page)
         return
     found = retrying(f"listing {folder}", lambda: list(_walk(fs, base)))
     yield from sorted(found, key=lambda file: file.uri)
@@ -102,14 +105,14 @@ def _children(folder: str) -> tuple[list[StoredFile], list[str]]:
     fs, path = filesystem(folder)
     base = path.rstrip("/") + "/"
     if is_s3(fs):
-        pages = list(_s3_pages(fs, base, Delimiter="/"))
+        pages = list(s3_pages(fs, base, Delimiter="/"))
         names = [p["Prefix"].rstrip("/").rpartition("/")[2] for page in pages for p in page.get("CommonPrefixes", [])]
-        return [file for page in pages for file in _s3_files(base, page)], names
+        return [file for page in pages for file in s3_files(base, page)], names
     files, folders = retrying(f"listing {folder}", lambda: _entries(fs, base))
     return files, [posixpath.basename(f) for f in folders]
 
 
-def _s3_pages(fs: Any, base: str, **options: str) -> Iterator[dict[str, Any]]:
+def s3_pages(fs: Any, base: str, **options: str) -> Iterator[dict[str, Any]]:
     bucket, _, prefix = base.partition("/")
     more: dict[str, str] = {}
     while True:
@@ -122,11 +125,17 @@ def _s3_pages(fs: Any, base: str, **options: str) -> Iterator[dict[str, Any]]:
         more = {"ContinuationToken": page["NextContinuationToken"]}
 
 
-def _s3_files(base: str, page: dict[str, Any]) -> Iterator[StoredFile]:
+def s3_files(base: str, page: dict[str, Any]) -> Iterator[StoredFile]:
     bucket = base.split("/", 1)[0]
     for entry in page.get("Contents", []):
         if not entry["Key"].endswith("/"):  # consoles make empty objects of that name and call them folders
-            yield StoredFile(Location("s3", f"{bucket}/{entry['Key']}").uri, entry["Size"], entry["ETag"].strip('"'))
+            uri = Location("s3", f"{bucket}/{entry['Key']}").uri
+            yield StoredFile(uri, entry["Size"], entry["ETag"].strip('"'), _whole_seconds(entry["LastModified"]))
+
+
+def _whole_seconds(time: datetime) -> datetime:
+    """As HEAD and GET say it; Ceph lists with fractions."""
+    return time.astimezone(UTC).replace(microsecond=0)
 
 
 def _walk(fs: Any, folder: str) -> Iterator[StoredFile]:
@@ -154,7 +163,7 @@ def _entries(fs: Any, folder: str) -> tuple[list[StoredFile], list[str]]:
                     folders.append(entry.path)
                 elif entry.is_file():
                     with suppress(FileNotFoundError):
-                        files += filter(None, [_stored_local(entry.path)])
+                        files += filter(None, [stored_local(entry.path)])
     except (FileNotFoundError, NotADirectoryError):
         return [], []
     return files, folders
@@ -166,13 +175,14 @@ def stat_file(uri: str) -> StoredFile | None:
 
     def look() -> StoredFile | None:
         if is_local(fs):
-            return _stored_local(path)
+            return stored_local(path)
         if is_s3(fs):
             bucket, _, key = path.partition("/")
             if not key or key.endswith("/"):
                 return None
             head = fs.call_s3("head_object", Bucket=bucket, Key=key, timeout=OPERATION_SECONDS)
-            return StoredFile(Location("s3", path).uri, int(head["ContentLength"]), head["ETag"].strip('"'))
+            uri, etag = Location("s3", path).uri, head["ETag"].strip('"')
+            return StoredFile(uri, int(head["ContentLength"]), etag, _whole_seconds(head["LastModified"]))
         info = fs.info(path)
         return _stored(fs, info) if info["type"] == "file" else None
 
@@ -182,9 +192,12 @@ def stat_file(uri: str) -> StoredFile | None:
         return None
 
 
-def _stored_local(path: str) -> StoredFile | None:
+def stored_local(path: str) -> StoredFile | None:
     status = os.stat(path)  # noqa: PTH116 - hundreds of thousands of calls: Path.stat is slower
-    return StoredFile(path, status.st_size, str(status.st_mtime_ns)) if stat.S_ISREG(status.st_mode) else None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    modified = _EPOCH + timedelta(microseconds=status.st_mtime_ns // 1000)
+    return StoredFile(path, status.st_size, str(status.st_mtime_ns), modified)
 
 
 def _stored(fs: Any, info: dict[str, Any]) -> StoredFile:

@@ -117,9 +117,10 @@ def _claim(output: str, said: Mapping[str, Any]) -> None:
         for name in sorted(theirs.keys() | ours.keys())
         if name not in ("recipe", "counts") and theirs.get(name) != ours.get(name)
     ]
-    raise ConfigError(
-        f"{output} holds another training ({'; '.join(differing)}); use its settings, or another --output"
-    )
+    if differing:
+        raise ConfigError(
+            f"{output} holds another training ({'; '.join(differing)}); use its settings, or another --output"
+        )
 
 
 class _Fitting:

@@ -1,8 +1,8 @@
-"""Contact sheet: boxes are drawn where they lie, error rows are shown as such."""
+"""Contact sheet: boxes are drawn where they lie, error rows and images that are gone are shown as such."""
 
 from __future__ import annotations
 
-import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,37 +10,80 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import pyarrow as pa
 import pytest
 
 from fcos_ray.analysis.contact_sheet import draw_contact_sheet
 from fcos_ray.errors import OutputError
-from fcos_ray.outputs import runs
-from fcos_ray.outputs.commit import ShardTarget, commit_shard
-from fcos_ray.outputs.schema import RESULT_SCHEMA
+from tests.analysis.written import write_run
 
-LABELLING = {"categories": ["__background__", "cat", "dog"], "settings": {}, "weights_sha256": "0", "weights": "w"}
-
-
-def grey_jpeg(path: Path, width: int, height: int) -> None:
-    PIL.Image.fromarray(np.full((height, width, 3), 128, np.uint8)).save(path)
+JOB = Path(__file__).resolve().parents[2] / "jobs" / "contact_sheet.py"
 
 
 @pytest.fixture
 def output(tmp_path: Path) -> str:
-    """Two images, one gone since, and one error row."""
-    for name, size in {"a.png": (600, 450), "b.png": (200, 100), "gone.png": (50, 50)}.items():
-        grey_jpeg(tmp_path / name, *size)
-    found: list[dict[str, Any]] = [
-        {"boxes": [[60, 90, 300, 360]], "labels": [1], "scores": [0.9], "width": 600, "height": 450},
-        {"boxes": [[0, 0, 200, 100], [5, 5, 9, 9]], "labels": [2, 1], "scores": [0.8, 0.1]},
-        {"boxes": [], "labels": [], "scores": []},
-        {"error_stage": "decode", "error_code": "corrupt", "error_message": "cut"},
-    ]
-    results = pa.Table.from_pylist([{"shard": 0, "row": i} | row for i, row in enumerate(found)], RESULT_SCHEMA)
-    uris = [str(tmp_path / name) for name in ("a.png", "b.png", "gone.png", "bad.png")]
-    pinned = pinned_rows(uris)
-    folder = str(tmp_path / "out")
-    write_run(folder, pinned, results)
-    (tmp_path / "gone.png").unlink()
-    return folder
+    """Two grey images of 600×450 with a box of 10×20 pixels, one that is gone since, and an error row."""
+    names = ["a", "b", "gone", "bad"]
+    for name in names[:2]:
+        PIL.Image.fromarray(np.full((450, 600, 3), 128, np.uint8)).save(tmp_path / f"{name}.png")
+    manifest = {"image_id": names, "uri": [str(tmp_path / f"{name}.png") for name in names]}
+    write_run(str(tmp_path / "out"), 1, manifest, tmp_path, outcomes={"bad": "not_found", "b": [2, 1]})
+    return str(tmp_path / "out")
+
+
+def tiles(path: str, count: int) -> list[np.ndarray]:
+    """The pictures of a sheet of one column, without captions."""
+    sheet = np.asarray(PIL.Image.open(path))
+    return [sheet[8 + 253 * i : 8 + 253 * i + 225, 8:308] for i in range(count)]
+
+
+def coloured(tile: np.ndarray) -> np.ndarray:
+    """Where something is drawn that is not grey."""
+    return np.ptp(tile.astype(int), axis=2) > 60
+
+
+def test_boxes_are_drawn_where_they_lie_at_the_tiles_scale(output: str, tmp_path: Path) -> None:
+    picture = str(tmp_path / "sheet.png")
+    sheet = draw_contact_sheet(output, picture, num_images=4, num_columns=1)
+    assert (sheet.images, sheet.boxes, sheet.errors) == (3, 4, 1)
+    first, second, gone, bad = tiles(picture, 4)
+    # xyxy 0, 1, 10, 21 at half scale; its label stands above, moved into the tile
+    assert coloured(first)[10, :5].any()
+    assert not coloured(first)[20:, :].any()
+    assert not coloured(first)[:, 100:].any()
+    assert coloured(second)[:12].sum() > coloured(first)[:12].sum()  # two boxes
+    assert gone[0, 0].tolist() == bad[0, 0].tolist() == [214, 214, 210]
+
+
+def test_boxes_below_a_score_are_left_out(output: str, tmp_path: Path) -> None:
+    sheet = draw_contact_sheet(output, str(tmp_path / "s.png"), num_images=3, num_columns=1, min_score=0.8)
+    assert sheet.boxes == 3
+
+
+def test_the_same_seed_shows_the_same_rows_and_errors_are_few(output: str, tmp_path: Path) -> None:
+    one, two = (draw_contact_sheet(output, str(tmp_path / n), num_images=2, seed=4) for n in ("1.png", "2.png"))
+    assert (one.images, one.errors) == (2, 0)
+    assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()
+    assert two.boxes == one.boxes
+
+
+def test_a_picture_that_is_there_is_not_replaced(output: str, tmp_path: Path) -> None:
+    (tmp_path / "sheet.png").write_text("mine")
+    with pytest.raises(OutputError, match=r"sheet\.png exists already; wanted the name of a new picture"):
+        draw_contact_sheet(output, str(tmp_path / "sheet.png"))
+    assert (tmp_path / "sheet.png").read_text() == "mine"
+
+
+def job(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(JOB), *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_script_prints_what_it_drew_and_says_what_is_wrong(output: str, tmp_path: Path) -> None:
+    done = job("--output", output, "--picture", str(tmp_path / "s.png"), "--images", "3")
+    assert done.returncode == 0, done.stderr
+    printed: dict[str, Any] = json.loads(done.stdout)
+    assert printed["images"] == 3
+    assert PIL.Image.open(tmp_path / "s.png").width == 3 * 308 + 8
+    wrong = job("--output", str(tmp_path / "none"), "--picture", str(tmp_path / "t.png"))
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "holds no runs; wanted the --output of a job" in wrong.stderr
+    assert not (tmp_path / "t.png").exists()

@@ -55,7 +55,10 @@ def write_run(
     digest = f"{number:08x}" + "0" * 56
     run_id = f"{number:06d}-{digest[:8]}"
     settings = PlanSettings(
-        partition_by=tuple(partition_by), shard_rows=shard_rows, fetch=FetchPolicy(), reserved_columns=RESERVED_COLUMNS
+        partition_by=tuple(partition_by),
+        shard_rows=shard_rows,
+        fetch=FetchPolicy(allow_roots=(str(folder),)),
+        reserved_columns=RESERVED_COLUMNS,
     )
     sources = find_sources([str(path)])
     pinned_folder = storage.join(runs.run_folder(output, run_id), "manifest-abc")

@@ -66,6 +66,10 @@ def jsonl(path: Path, *rows: Any) -> Path:
     return text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def json_array(path: Path, *rows: Any) -> Path:
+    return text(path, json.dumps(rows, indent=1))
+
+
 def put(uri: str, table: pa.Table) -> str:
     """A Parquet manifest in a store."""
     sink = pa.BufferOutputStream()

@@ -353,3 +353,13 @@ def test_a_policy_is_plain_and_checked() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         FetchPolicy(concurrency=0)
     assert list(fetch_many([], policy)) == []
+
+
+def test_a_head_is_read_of_an_image_however_large(tmp_path: Path, s3_bucket: str) -> None:
+    (tmp_path / "x").write_bytes(b"0123456789")
+    storage.create(f"{s3_bucket}/x", b"0123456789")
+    for uri in (str(tmp_path / "x"), f"{s3_bucket}/x"):
+        for head_bytes, wanted in [(4, b"0123"), (10, b"0123456789"), (99, b"0123456789")]:
+            found = one(uri, allow_roots=(str(tmp_path),), head_bytes=head_bytes, max_bytes=5 if head_bytes < 5 else 10)
+            assert isinstance(found, Content)
+            assert found.data == wanted

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import json
+from collections.abc import Callable
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -18,14 +20,16 @@ import pytest
 from fcos_ray import storage
 from fcos_ray.errors import ManifestError
 from fcos_ray.inputs.manifests import find_sources
-from tests.inputs.planning import jsonl, parquet, plan, put, text
+from tests.inputs.planning import json_array, jsonl, parquet, plan, put, text
 
+Write = Callable[..., Path]
 URIS = ["a.jpg", "b.jpg", "c.jpg"]
 HOW_TO_WRITE = {
     ".csv": "uri,x\na.jpg,1\nb.jpg,2\n",
     ".tsv": "uri\tx\na.jpg\t1\nb.jpg\t2\n",
     ".jsonl": '{"uri": "a.jpg", "x": "1"}\n{"uri": "b.jpg", "x": "2"}\n',
     ".ndjson": '{"uri": "a.jpg", "x": "1"}\n{"uri": "b.jpg", "x": "2"}\n',
+    ".json": ' [\n{"uri": "a.jpg", "x": "1"},\n {"uri": "b.jpg",\n "x": "2"}] ',
     ".txt": "a.jpg\nb.jpg\n",
     ".lst": "a.jpg\r\nb.jpg",
 }
@@ -258,16 +262,20 @@ def test_text_lines_are_uris_whatever_they_hold(tmp_path: Path) -> None:
     assert plan(manifest, pinned=tmp_path / "pinned").column("uri") == [f"{tmp_path}/{line}" for line in lines[:5]]
 
 
-# ---- JSON
+# ---- JSON, lines and arrays
 
 
-def test_json_values_come_out_equal_and_absent_keys_are_null(tmp_path: Path) -> None:
+JSON = pytest.mark.parametrize(("write", "name"), [(jsonl, "m.jsonl"), (json_array, "m.json")])
+
+
+@JSON
+def test_json_values_come_out_equal_and_absent_keys_are_null(tmp_path: Path, write: Write, name: str) -> None:
     rows = [
         {"uri": "a", "i": 2**63 - 1, "f": 0.1, "s": "2024-01-01", "b": True, "l": [1, None], "o": {"k": "v"}},
         {"uri": "b", "i": -(2**63), "f": 2, "s": "", "b": None, "l": [], "o": {"k": None, "m": 1}},
         {"uri": "c"},
     ]
-    planned = plan(jsonl(tmp_path / "m.jsonl", *rows), pinned=tmp_path / "pinned")
+    planned = plan(write(tmp_path / name, *rows), pinned=tmp_path / "pinned")
     assert planned.column("i") == [2**63 - 1, -(2**63), None]
     assert planned.column("f") == [0.1, 2.0, None]
     assert planned.column("s") == ["2024-01-01", "", None]
@@ -277,13 +285,17 @@ def test_json_values_come_out_equal_and_absent_keys_are_null(tmp_path: Path) -> 
     assert planned.columns["i"] == pa.int64()
 
 
-def test_a_json_column_that_is_null_throughout_is_a_column_of_null_strings(tmp_path: Path) -> None:
-    manifest = jsonl(tmp_path / "m.jsonl", {"uri": "a", "x": None, "l": []}, {"uri": "b"})
+@JSON
+def test_a_json_column_that_is_null_throughout_is_a_column_of_null_strings(
+    tmp_path: Path, write: Write, name: str
+) -> None:
+    manifest = write(tmp_path / name, {"uri": "a", "x": None, "l": []}, {"uri": "b"})
     planned = plan(manifest, pinned=tmp_path / "pinned")
     assert (planned.columns["x"], planned.column("x"), planned.column("l")) == (pa.string(), [None, None], [[], None])
 
 
-def test_json_keys_may_hold_what_they_like(tmp_path: Path) -> None:
+@JSON
+def test_json_keys_may_hold_what_they_like(tmp_path: Path, write: Write, name: str) -> None:
     row = {
         "uri": "a",
         "x.y": 1.5,
@@ -294,28 +306,55 @@ def test_json_keys_may_hold_what_they_like(tmp_path: Path) -> None:
         "UBIGINT": {"DOUBLE": 6},
         "日": "本",
     }
-    planned = plan(jsonl(tmp_path / "m.jsonl", row), pinned=tmp_path / "pinned")
+    planned = plan(write(tmp_path / name, row), pinned=tmp_path / "pinned")
     assert {name: planned.column(name)[0] for name in row if name != "uri"} == {
         k: v for k, v in row.items() if k != "uri"
     }
 
 
+@JSON
 @pytest.mark.parametrize(
     "values",
     [[2**63], [2**64], [-(2**63) - 1], [2**63, -1], [2**53 + 1, 1.5], [[1, 2**64]], [{"k": 2**64}], [{"k": 2**63}]],
 )
-def test_json_integers_that_would_lose_digits_are_refused_by_name(tmp_path: Path, values: list[Any]) -> None:
-    manifest = jsonl(tmp_path / "m.jsonl", *({"uri": str(i), "a/b": v} for i, v in enumerate(values)))
-    with pytest.raises(ManifestError, match=r"m\.jsonl: column 'a/b' holds -?\d+, an integer that would lose digits"):
+def test_json_integers_that_would_lose_digits_are_refused_by_name(
+    tmp_path: Path, write: Write, name: str, values: list[Any]
+) -> None:
+    manifest = write(tmp_path / name, *({"uri": str(i), "a/b": v} for i, v in enumerate(values)))
+    with pytest.raises(ManifestError, match=rf"{name}: column 'a/b' holds -?[0-9]+, an integer that would lose digits"):
         plan(manifest, pinned=tmp_path / "pinned")
 
 
+@JSON
 @pytest.mark.parametrize("values", [[1, "1"], [True, 1], [1, [1]], [{"a": 1}, "x"], [[1, "x"]], [{}]])
-def test_json_values_of_several_types_are_refused_by_name(tmp_path: Path, values: list[Any]) -> None:
-    manifest = jsonl(tmp_path / "m.jsonl", *({"uri": str(i), "x": v} for i, v in enumerate(values)))
-    with pytest.raises(ManifestError, match=r"m\.jsonl: column 'x' holds values of several types"):
+def test_json_values_of_several_types_are_refused_by_name(
+    tmp_path: Path, write: Write, name: str, values: list[Any]
+) -> None:
+    manifest = write(tmp_path / name, *({"uri": str(i), "x": v} for i, v in enumerate(values)))
+    with pytest.raises(ManifestError, match=rf"{name}: column 'x' holds values of several types"):
         plan(manifest, pinned=tmp_path / "pinned")
     assert len(plan(manifest, pinned=tmp_path / "pinned", columns=()).rows) == len(values)
+
+
+def test_the_images_of_coco_annotations_are_a_manifest(tmp_path: Path) -> None:
+    images = [
+        {"license": 3, "file_name": f"{i:012}.jpg", "height": 480, "width": 640, "date_captured": when, "id": i}
+        for i, when in [(391895, "2013-11-14 11:18:45"), (522418, "2013-12-31 23:59:59")]
+    ]
+    renames = {"file_name": "uri", "id": "image_id"}
+    manifest = json_array(tmp_path / "images.json", *images)
+    planned = plan(manifest, pinned=tmp_path / "pinned", rename=renames, partition_by=("month:date_captured",))
+    assert planned.column("image_id") == ["391895", "522418"]
+    assert planned.column("uri") == [f"{tmp_path}/000000391895.jpg", f"{tmp_path}/000000522418.jpg"]
+    assert planned.partitions == (("month=2013-11", 1), ("month=2013-12", 1))
+    assert planned.column("date_captured") == ["2013-11-14 11:18:45", "2013-12-31 23:59:59"]
+
+
+def test_a_json_array_is_looked_at_in_pieces_for_what_is_wrong(tmp_path: Path) -> None:
+    rows = [{"uri": f"é{i}.jpg", "x": "y" * 1000} for i in range(3000)]  # three pieces
+    manifest = text(tmp_path / "m.json", json.dumps(rows, ensure_ascii=False)[:-1] + ', {"uri": }]')
+    with pytest.raises(ManifestError, match=r"m\.json row 3000 is not JSON: Expecting value, got '}]'"):
+        plan(manifest, pinned=tmp_path / "pinned")
 
 
 # ---- choosing and renaming

@@ -6,7 +6,7 @@ import gzip
 import random
 import re
 from collections import Counter
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from fcos_ray.inputs.plan import PARTITION, REFUSED, PlanSettings, draft_plan
 from fcos_ray.inputs.resolve import resolve_uri, resolver
 from fcos_ray.outputs.schema import RESERVED_COLUMNS
 from tests.inputs.planning import jsonl, parquet, plan, put, text
+
+EAST = timezone(timedelta(hours=3))
 
 # ---- one clear error each
 
@@ -45,7 +47,10 @@ BAD_FILES: dict[str, tuple[str, str | bytes, str]] = {
     "no Parquet": ("m.parquet", "uri\na\n", "M cannot be read: Parquet"),
     "no gzip": ("m.csv.gz", "uri\na\n", "M cannot be read: "),
     "truncated gzip": ("m.jsonl.gz", gzip.compress(b'{"uri": "a"}\n' * 9999)[:-60], "M cannot be read: "),
-    "unknown suffix": ("m.xlsx", "uri\na\n", "M: format unknown; wanted a name that ends in .parquet, .pq, .csv"),
+    "unknown suffix": (
+        "m.xlsx", "uri\na\n",
+        "M: format unknown; wanted a name that ends in .parquet, .pq, .csv, .tsv, .jsonl, .ndjson, .json",
+    ),
     "no suffix": ("m", "uri\na\n", "M: format unknown"),
     "zipped Parquet": ("m.parquet.gz", "", "M: format unknown"),
     "too many columns": ("m.csv", "uri,x\na,1\nb,2,3\n", "M cannot be read: CSV Error on Line: 3 Original Line: b,2,3"),
@@ -62,15 +67,37 @@ BAD_FILES: dict[str, tuple[str, str | bytes, str]] = {
     "empty JSONL": ("m.jsonl", "\n", "M: the manifest has no rows"),
     "malformed JSON": ("m.jsonl", '{"uri": "a"}\n{"uri": "b",\n{"uri": "c"}\n', "M line 2 is not JSON: "),
     "two objects in a line": ("m.jsonl", '{"uri": "a"} {"uri": "b"}\n', "M line 1 is not JSON: Extra data"),
-    "JSON array": ("m.jsonl", '[{"uri": "a"}]\n', "M line 1: wanted a JSON object, got "),
+    "JSON array": ("m.jsonl", '[{"uri": "a"}]\n', "a\"}]\\n'; a file of one array is named .json"),
     "JSON scalar among objects": ("m.jsonl", '{"uri": "a"}\n\n5\n', "M line 3: wanted a JSON object, got "),
     "JSON in Latin-1": ("m.jsonl", b'{"uri": "a"}\n{"uri": "\xe9"}\n', "M line 2 is not JSON: "),
     "doubled JSON key": ("m.jsonl", '{"uri": "a", "x": 1, "x": 2}\n', "M: a key stands twice in "),
     "JSON keys by case": ("m.jsonl", '{"uri": "a", "x": 1}\n{"uri": "b", "X": 2}\n', "M: columns 'x' and 'X' differ in"),
     "nested JSON keys by case": ("m.jsonl", '{"uri": "a", "o": [{"x": 1, "X": 2}]}\n', "M: columns 'x' and 'X' differ in"),
     "JSON key without name": ("m.jsonl", '{"uri": "a", "": 1}\n', "M: column 1 (from 0) is named ''; wanted a name"),
-    "no uri": ("m.csv", "path,id\na,1\n", "M: no column 'uri' in the manifest; it has id, path; --rename <column>=uri"),
-    "almost uri": ("m.csv", "url,id\na,1\n", "did you mean 'url'?; --rename <column>=uri says which column"),
+    "JSON lines in .json": (
+        "m.json", '{"uri": "a"}\n{"uri": "b"}\n',
+        "M: wanted a JSON array of objects, [ {…}, {…} ], got an object; a file of one object per line is named .jsonl",
+    ),
+    "COCO annotations": (
+        "m.json", '{"info": {}, "images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}',
+        "M: this looks like a COCO annotations file; its images[] make a manifest: `jq .images m.json > manifest.json` in",
+    ),
+    "scalar in .json": ("m.json", " 5", "M: wanted a JSON array of objects, [ {…}, {…} ], got '5'"),
+    "array of scalars": ("m.json", '[{"uri": "a"}, 5]', "M row 1: wanted a JSON object, got 5"),
+    "array of arrays": ("m.json", '[[{"uri": "a"}]]', 'M row 0: wanted a JSON object, got [{"uri": "a"}]'),
+    "open array": ("m.json", '[{"uri": "a"}, {"uri": "b"}', "M row 2 is not JSON: Expecting ',' or ']', got ''"),
+    "open object": ("m.json", '[{"uri": "a"}, {"uri": "b"', "M row 1 is not JSON: Expecting ',' delimiter, got ''"),
+    "no comma": ("m.json", '[{"uri": "a"} {"uri": "b"}]', "M row 1 is not JSON: Expecting ',' or ']', got '{"),
+    "comma at the end": ("m.json", '[{"uri": "a"},]', "M row 1 is not JSON: Expecting an object after ',', got ']'"),
+    "two arrays": ("m.json", '[{"uri": "a"}]\n[{"uri": "b"}]', "M row 1 is not JSON: Expecting the end of the file"),
+    "malformed JSON array": ("m.json", '[{"uri": "a"}, {"uri" "b"}]', "M row 1 is not JSON: Expecting ':' delimiter"),
+    "JSON array in Latin-1": ("m.json", b'[{"uri": "\xe9"}]', "M cannot be read: wanted UTF-8, got byte 0xe9"),
+    "truncated JSON gzip": ("m.json.gz", gzip.compress(b'[{"uri": "a"}]' + b" " * 99999)[:-20], "M cannot be read: "),
+    "null among objects": ("m.json", '[{"uri": "a"}, null]', "column 'uri' is null or empty in 1 row: M row 1"),
+    "empty JSON array": ("m.json", "[]", "M: the manifest has no rows"),
+    "doubled key in an array": ("m.json", '[{"uri": "a", "x": 1, "x": 2}]', "M: a key stands twice in "),
+    "no uri": ("m.csv", "path,id\na,1\n", "M: no column 'uri' in the manifest; it has id, path; --uri-column <column>"),
+    "almost uri": ("m.csv", "url,id\na,1\n", "did you mean 'url'?; --uri-column <column> says which"),
     "null uri": ("m.csv", "uri,x\na,1\n,2\n", "column 'uri' is null or empty in 1 row: M row 1"),
     "empty uri": ("m.jsonl", '{"uri": "a"}\n{"uri": ""}\n', "column 'uri' is null or empty in 1 row: M row 1"),
     "blank line": ("m.txt", "a\n\nb\n", "column 'uri' is null or empty in 1 row: M row 1"),
@@ -106,10 +133,12 @@ def test_a_bad_manifest_is_refused_naming_file_row_and_column(tmp_path: Path, ca
 
 # settings, what the message says, for a manifest with columns uri, p (strings), n (integers), f (fractions), width
 BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown partition": ({"partition_by": ("q",)}, "no column 'q' in the manifest; it has f, n, p, p q, uri, width"),
-    "unknown column": ({"columns": ("widht",)}, "it has f, n, p, p q, uri, width; did you mean 'width'?"),
-    "unknown rename": ({"rename": {"wdth": "x"}}, "no column 'wdth' in the manifest; it has f, n, p, p q, uri, width"),
+    "unknown partition": ({"partition_by": ("q",)}, "no column 'q' in the manifest; it has f, n, p, p q, t, uri, width"),
+    "unknown column": ({"columns": ("widht",)}, "it has f, n, p, p q, t, uri, width; did you mean 'width'?"),
+    "unknown rename": ({"rename": {"wdth": "x"}}, "no column 'wdth' in the manifest; it has f, n, p, p q, t, uri, width"),
     "rename onto another": ({"rename": {"p": "n"}}, "--rename p=n: M: column 'n' stands there twice"),
+    "two uris": ({"rename": {"p": "uri"}}, "wanted different names; --rename uri=<another name> keeps the file's own"),
+    "unknown uri column": ({"rename": {"url": "uri"}}, "did you mean 'uri'?; it was to become 'uri'"),
     "rename by case": ({"rename": {"p": "N"}}, "differ in case only"),
     "rename to nothing": ({"rename": {"p": ""}}, "--rename p=: M: column 1 (from 0) is named ''; wanted a name"),
     "fractions": ({"partition_by": ("f",)}, "M: column 'f' cannot partition; wanted strings, integers"),
@@ -117,6 +146,22 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "the uri": ({"partition_by": ("uri",)}, "M: column 'uri' cannot partition"),
     "a name no path takes": ({"partition_by": ("p q",)}, "column 'p q' must be letters, digits, _ and - to stand in a path"),
     "twice": ({"partition_by": ("p", "p")}, "partition column 'p' is given twice"),
+    "twice by function": ({"partition_by": ("date:p", "date:t")}, "partition column 'date' is given twice; --partition-by <n"),
+    "unknown function": ({"partition_by": ("week:t",)}, "--partition-by week:t: wanted <column>, year:<column> or month:"),
+    "a name without function": ({"partition_by": ("q=p",)}, "--rename p=q names a column otherwise"),
+    "function without column": ({"partition_by": ("date:",)}, "--partition-by date:: wanted <column>, year:<column> or"),
+    "function of no column": ({"partition_by": ("date:tt",)}, "no column 'tt' in the manifest; it has f, n, p, p q, t, uri"),
+    "function of integers": ({"partition_by": ("date:n",)}, "M: column 'n' cannot partition; wanted dates, timestamps or ISO"),
+    "function of other strings": (
+        {"partition_by": ("month:p",)},
+        "column 'p' is not an ISO date or time such as 2026-01-03 or 2026-01-03T04:05:06Z in 4 rows: M row 0 ('x'); M row",
+    ),
+    "clash with a column": (
+        {"partition_by": ("P=date:t",)},
+        "M: partition 'P' clashes with a column of the output files; --partition-by t_date=date:t names it otherwise",
+    ),
+    "clash with the output": ({"partition_by": ("status=date:t",)}, "M: partition 'status' clashes with a column of the out"),
+    "an unspeakable name": ({"partition_by": ("a b=date:t",)}, "'a b' must be letters, digits, _ and - to stand in a path; "),
     "too many files": (
         {"partition_by": ("p", "n"), "max_files": 3},
         "4 files of 4 rows, more than max_files (3); wanted a coarser partition column than 'n' (4 values)",
@@ -134,10 +179,11 @@ def test_settings_that_do_not_fit_the_manifest_are_refused(tmp_path: Path, case:
         "n": range(4),
         "f": [0.5] * 4,
         "width": [1] * 4,
+        "t": ["2026-01-03"] * 4,
         "p q": list("abcd"),
     }
     manifest = parquet(tmp_path / "m.parquet", {name: pa.array(values) for name, values in columns.items()})
-    assert wanted.replace("M:", f"{manifest}:") in refusal(manifest, **settings)
+    assert re.sub(r"\bM\b", str(manifest), wanted) in refusal(manifest, **settings)
 
 
 def test_the_row_that_is_named_is_the_row_in_its_own_file(tmp_path: Path) -> None:
@@ -370,6 +416,74 @@ def test_partition_values_stand_in_the_path_escaped_and_come_back(tmp_path: Path
         assert path.count("=") == 1
         assert "\0" not in path
         assert unquote(path.removeprefix("p=")) == value
+
+
+TIMES: dict[str, tuple[pa.Array, list[str]]] = {  # a column of times: their UTC days
+    "date": (pa.array([0, -1], pa.int32()).view(pa.date32()), ["1970-01-01", "1969-12-31"]),
+    "naive": (pa.array([0, -1], pa.int64()).view(pa.timestamp("us")), ["1970-01-01", "1969-12-31"]),
+    "seconds": (pa.array([86_399, -1], pa.timestamp("s")), ["1970-01-01", "1969-12-31"]),
+    "nanoseconds": (pa.array([86_399_999_999_999, -1], pa.timestamp("ns")), ["1970-01-01", "1969-12-31"]),
+    "zoned": (pa.array([datetime(2026, 1, 3, 23, tzinfo=EAST), datetime(2026, 1, 3, 0, tzinfo=EAST)],
+                       pa.timestamp("ms", "+03:00")), ["2026-01-03", "2026-01-02"]),
+    "strings": (pa.array(["2026-01-03", "2026-01-03T23:30-05:00"]), ["2026-01-03", "2026-01-04"]),
+    "more strings": (pa.array(["2026-01-03 23:59:59.999999999Z", "2026-01-03T00:10+0200"]), ["2026-01-03", "2026-01-02"]),
+    "first and last": (pa.array(["0001-01-01", "9999-12-31T23:59:59Z"]), ["0001-01-01", "9999-12-31"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_times_partition_by_their_utc_year_month_or_day(tmp_path: Path, name: str) -> None:
+    times, days = TIMES[name]
+    manifest = parquet(tmp_path / "m.parquet", {"uri": ["a", "b"], "t": times})
+    for number, (function, length) in enumerate({"date": 10, "month": 7, "year": 4}.items()):
+        planned = plan(manifest, pinned=tmp_path / f"pinned{number}", partition_by=(f"{function}:t",))
+        by_uri = dict(zip(planned.column("uri"), planned.column(PARTITION), strict=True))
+        assert [by_uri[f"{tmp_path}/{uri}"] for uri in "ab"] == [f"{function}={day[:length]}" for day in days]
+        assert sorted(planned.column("t"), key=str) == sorted(times.to_pylist(), key=str)  # the column is carried along
+
+
+NO_TIMES = [
+    "epoch", "infinity", "20260103", "2026-1-3", "2026-02-30", "2026-01", "2026-01-03 Europe/Berlin", " 2026-01-03",
+    "03.01.2026", "2026-01-03T25:00Z", "0000-01-01", "9999-12-31T23:59-05:00", "+12026-01-03", "1767398400",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NO_TIMES)
+def test_a_string_that_is_no_iso_time_is_refused_with_its_row(tmp_path: Path, value: str) -> None:
+    manifest = text(tmp_path / "m.csv", f"uri,t\na,2026-01-03\nb,{value}\n")
+    wanted = (
+        f"column 't' is not an ISO date or time such as 2026-01-03 or 2026-01-03T04:05:06Z in 1 row: {manifest} row 1"
+    )
+    assert f"{wanted} ({value!r})" in refusal(manifest, partition_by=("date:t",))
+
+
+def test_a_time_that_no_calendar_has_is_refused(tmp_path: Path) -> None:
+    times = pa.array([0, 2**63 - 1], pa.int64()).view(pa.timestamp("us"))
+    manifest = parquet(tmp_path / "m.parquet", {"uri": ["a", "b"], "t": times})
+    assert f"in 1 row: {manifest} row 1" in refusal(manifest, partition_by=("date:t",))
+    manifest = parquet(tmp_path / "n.parquet", {"uri": ["a", "b"], "t": pa.array([1, None], pa.timestamp("s"))})
+    assert f"column 't' is null or empty in 1 row: {manifest} row 1" in refusal(manifest, partition_by=("date:t",))
+
+
+def test_derived_and_plain_partitions_stand_side_by_side_under_the_names_asked_for(tmp_path: Path) -> None:
+    manifest = text(
+        tmp_path / "m.csv",
+        "uri,site,t,date,content_last_modified\na,x,2026-01-03,old,2026-01-05T00:00Z\nb,x,2026-02-03,old,2026-01-05T00:00Z\n",
+    )
+    assert "--partition-by t_date=date:t" in refusal(manifest, partition_by=("date:t",), columns=("date",))
+    by = ("site", "day=date:t", "month:content_last_modified")
+    planned = plan(manifest, pinned=tmp_path / "pinned", partition_by=by, columns=("date",))
+    assert planned.partitions == (
+        ("site=x/day=2026-01-03/month=2026-01", 1), ("site=x/day=2026-02-03/month=2026-01", 1),
+    )  # fmt: skip
+    assert list(planned.columns) == ["site", "date"]  # t was asked for its day only
+
+
+def test_too_many_days_are_blamed_on_the_key(tmp_path: Path) -> None:
+    manifest = text(tmp_path / "m.csv", "uri,t\n" + "".join(f"u{i},2026-01-{i + 1:02}\n" for i in range(9)))
+    message = refusal(manifest, partition_by=("month:t", "date:t"), max_files=5)
+    assert "wanted a coarser partition column than 'date' (9 values)" in message
+    assert plan(manifest, pinned=tmp_path / "pinned", partition_by=("month:t",)).partitions == (("month=2026-01", 9),)
 
 
 def test_rows_are_ordered_by_partition_then_padded_shape_then_place(tmp_path: Path) -> None:

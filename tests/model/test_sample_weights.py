@@ -5,7 +5,6 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-
 import fcos_ray
 from fcos_ray.model.detector import Detector
 from fcos_ray.model.weights import load_weights

@@ -412,3 +412,19 @@ def test_pandas_reads_partitions_back_equal(partitioned: tuple[str, dict[str, tu
     }
     assert got == {image_id: (kind, str(day)) for image_id, (kind, day) in wanted.items()}
     assert frame.labels.map(list).tolist() == [[1]] * len(wanted)
+
+
+def test_a_derived_partition_stands_in_the_path_and_its_column_in_the_file(tmp_path: Path) -> None:
+    days = [date(2024, 1, 31), date(2024, 2, 1)]
+    pq.write_table(pa.table({"uri": ["a", "b"], "image_id": ["a", "b"], "day": days}), tmp_path / "m.parquet")
+    settings = PlanSettings(partition_by=("month:day",), fetch=FetchPolicy(allow_roots=(str(tmp_path),)))
+    to = target(str(tmp_path / "out"), "month")
+    with draft_plan(find_sources([str(tmp_path / "m.parquet")]), settings) as draft:
+        assert [key.name for key in draft.keys] == ["month"]
+        files = pin(draft, str(tmp_path / "pinned"))
+        for shard in range(draft.num_shards):
+            rows = read_shard(str(tmp_path / "pinned"), files, shard)
+            assert commit_shard(to, shard, pinned=rows, results=results(found(0, [1], shard)))
+    glob = f"{tmp_path}/out/detections/**/*.parquet"
+    read = duckdb.sql(f"SELECT image_id, month, day FROM read_parquet('{glob}') ORDER BY ALL").fetchall()
+    assert read == [("a", "2024-01", days[0]), ("b", "2024-02", days[1])]
