@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install test test-fast lint chaos clean
+.PHONY: help install demo test test-fast lint chaos readme clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -16,6 +16,9 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
+demo: install  ## the whole way on 120 drawn images, offline; leaves out/demo/
+	$(BIN)/python jobs/demo.py
+
 test: install  ## every test that this machine can run: pure, S3 server, Ray, kills
 	$(BIN)/python -m pytest
 
@@ -24,6 +27,9 @@ test-fast: install  ## the pure tests, under a minute or so
 
 chaos: install  ## only the kills
 	$(BIN)/python -m pytest -m chaos
+
+readme: install  ## the README's settings table, from the definition
+	$(BIN)/python tests/test_readme.py
 
 lint: install  ## ruff and mypy --strict
 	$(BIN)/ruff check .
