@@ -14,7 +14,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final
 
@@ -63,34 +63,41 @@ class Truth:
     counts: TruthCounts
     sha256: str  # hex, of the annotations file
 
+    def relabelled(self, categories: Sequence[str]) -> Truth:
+        """The same truth with the labels of other categories, which hold all of its own by name."""
+        label = np.array([0, *(categories.index(name) + 1 for name in self.categories)])
+        examples = tuple(replace(example, labels=label[example.labels]) for example in self.examples)
+        return replace(self, categories=tuple(categories), examples=examples)
+
 
 def read_truth(
     annotations: str,
     *,
     images: str | None = None,
-    categories: Sequence[str] | None = None,
     min_box_side: float = 1.0,
     empty_images: str = "keep",
 ) -> Truth:
     """Read a COCO-format file (path or uri); `images` is what its file names are relative to (default: its folder).
 
-    Labels follow `categories` where given (a name the truth has and they lack is left out, counted), else the truth's own
-    categories in the order of their ids. Raises ManifestError.
+    Labels follow the categories in the order of their ids. Ids that are quoted on one side only still fit. Raises
+    ManifestError.
     """
     data, coco = _read_json(annotations)
-    named = {_field(c, "id", annotations): str(_field(c, "name", annotations)) for c in coco["categories"]}
-    names = tuple(categories) if categories is not None else tuple(named[i] for i in sorted(named))
-    if len(set(names)) < len(names):
-        raise ManifestError(f"{annotations}: two categories have the same name; wanted different ones, got {names}")
-    labels = {i: names.index(name) + 1 for i, name in named.items() if name in names}
-    listed = {_field(image, "id", annotations): image for image in coco["images"]}
+    named = {str(_field(c, "id", annotations)): str(_field(c, "name", annotations)) for c in coco["categories"]}
+    names = tuple(named[i] for i in sorted(named, key=_numeric))
+    if len(set(names)) < len(coco["categories"]):
+        raise ManifestError(
+            f"{annotations}: two categories have the same id or name; wanted different ones, got {names}"
+        )
+    labels = {i: names.index(name) + 1 for i, name in named.items()}
+    listed = {str(_field(image, "id", annotations)): image for image in coco["images"]}
     if len(listed) < len(coco["images"]):
         raise ManifestError(f"{annotations}: {len(coco['images']) - len(listed)} image ids stand there twice")
     left_out: Counter[str] = Counter()
-    kept: dict[Any, list[tuple[list[float], int]]] = {i: [] for i in listed}
+    kept: dict[str, list[tuple[list[float], int]]] = {i: [] for i in listed}
     for thing in coco["annotations"]:
-        image = listed.get(thing.get("image_id"))
-        label = labels.get(thing.get("category_id"))
+        image_id = str(thing.get("image_id"))
+        image, label = listed.get(image_id), labels.get(str(thing.get("category_id")))
         if image is None or label is None:
             left_out["unknown_image" if image is None else "unknown_category"] += 1
         elif thing.get("iscrowd"):
@@ -98,7 +105,7 @@ def read_truth(
         elif (box := _box(thing.get("bbox"), image, min_box_side, annotations)) is None:
             left_out["degenerate"] += 1
         else:
-            kept[thing["image_id"]].append((box, label))
+            kept[image_id].append((box, label))
     folder = images if images is not None else storage.parent(storage.parse_uri(annotations).uri)
     examples = tuple(
         Example(
@@ -135,6 +142,12 @@ def _read_json(uri: str) -> tuple[bytes, Mapping[str, Any]]:
     if missing:
         raise ManifestError(f"annotations {uri}: wanted a COCO-format object with the lists {wanted}, lacks {missing}")
     return data, coco
+
+
+def _numeric(identity: str) -> tuple[bool, int, str]:
+    """Ids in their order as numbers; those that are none after them."""
+    number = int(identity) if identity.isdecimal() else 0
+    return not identity.isdecimal(), number, identity
 
 
 def _field(thing: Mapping[str, Any], name: str, uri: str) -> Any:

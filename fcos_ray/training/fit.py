@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fcos_ray import storage
 from fcos_ray.errors import ConfigError
 from fcos_ray.model.architectures import Weights
-from fcos_ray.model.checks import pick_device
+from fcos_ray.model.checks import pick_device, pick_precision
 from fcos_ray.model.weights import load_weights, save_weights
 from fcos_ray.training.config import TrainConfig
 from fcos_ray.training.dataset import Batch, Batches, Truth, read_truth
@@ -55,7 +55,7 @@ class _State:
     """Where a training stands."""
 
     steps: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)  # losses per step
+    history: list[dict[str, float]] = field(default_factory=list)  # losses of the last steps, an epoch's at most
 
 
 def train(config: TrainConfig) -> TrainSummary:
@@ -65,13 +65,13 @@ def train(config: TrainConfig) -> TrainSummary:
     """
     started = time.monotonic()
     start = start_model(config)
-    truth = read_truth(
+    read = read_truth(
         config.annotations,
         images=config.images,
-        categories=start.categories,
         min_box_side=config.min_box_side,
         empty_images=config.empty_images,
     )
+    truth = start.labelled(read)
     log.info("%s", truth.counts)
     output = storage.parse_uri(config.output).uri
     said = {"recipe": config.recipe() | dict(start.input), "data_sha256": truth.sha256, "counts": asdict(truth.counts)}
@@ -129,6 +129,7 @@ class _Fitting:
     def __init__(self, config: TrainConfig, start: Start, truth: Truth, output: str) -> None:
         self._config, self._output = config, output
         self._device = pick_device(config.device)
+        pick_precision(config.precision, self._device)
         self._input = start.input
         torch.manual_seed(config.seed)
         self.model: nn.Module = start.build(start.num_classes(truth))
@@ -156,6 +157,7 @@ class _Fitting:
             skipped |= set(batch.skipped)
             if batch.images:
                 self._state.history.append(self._step(batch))
+                del self._state.history[: -self._data.steps_per_epoch]
             self._state.steps += 1
             if self._state.steps % _LOG_STEPS == 0:
                 rate = (time.monotonic() - began) / (self._state.steps - first)

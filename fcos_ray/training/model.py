@@ -39,12 +39,16 @@ class Start:
     backbone: WeightsEnum | None
     input: Mapping[str, Any]  # min_size, max_size, image_mean, image_std
 
-    @property
-    def categories(self) -> tuple[str, ...] | None:
-        """Names of the labels from 1, where the weights' own shall be kept: as many classes as are asked for."""
-        if self.weights is None or self.config.num_classes not in (None, self.weights.num_classes):
-            return None
-        return self.weights.categories[1:]
+    def labelled(self, truth: Truth) -> Truth:
+        """The truth with the labels of the weights it starts from, where these know all of its categories.
+
+        With another num_classes, or a category that they do not know, labels stay the truth's own: the classification
+        layer is made anew.
+        """
+        known = self.weights.categories[1:] if self.weights is not None else ()
+        if self.config.num_classes not in (None, len(known) + 1) or not set(truth.categories) <= set(known):
+            return truth
+        return truth.relabelled(known)
 
     def num_classes(self, truth: Truth) -> int:
         """Classes with background. Raises ConfigError when the truth has more than were asked for."""

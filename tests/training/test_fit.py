@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,14 +209,17 @@ def test_starting_from_weights_keeps_their_labels_or_makes_a_new_classification_
     annotations: str, tmp_path: Path
 ) -> None:
     weights = small_weights(annotations, tmp_path)
+    truth = read_truth(annotations)
     kept = start_model(config(annotations, weights=weights))
-    assert kept.categories == CATEGORIES
+    some = replace(truth, categories=("star", "circle"))
+    assert kept.labelled(some).categories == CATEGORIES
+    assert kept.labelled(replace(truth, categories=("star", "moon"))).categories == ("star", "moon")
     made = kept.build(6).state_dict()
     before = load_weights(weights).state
     assert all(np.array_equal(made[key], value) for key, value in before.items())
     wider = start_model(config(annotations, weights=weights, num_classes=9))
-    assert wider.categories is None
-    assert wider.label_names(read_truth(annotations))[-4:] == ("cross", "N/A", "N/A", "N/A")
+    assert wider.labelled(some).categories == ("star", "circle")
+    assert wider.label_names(truth)[-4:] == ("cross", "N/A", "N/A", "N/A")
     made = wider.build(9).state_dict()
     new = {key for key, value in before.items() if not np.array_equal(made[key], value)}
     assert new == {f"head.classification_head.cls_logits.{part}" for part in ("weight", "bias")}

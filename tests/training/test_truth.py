@@ -93,11 +93,16 @@ def test_images_without_objects_are_kept_as_background_or_dropped(coco: Callable
     assert kept.counts.empty_images == dropped.counts.empty_images == 1
 
 
-def test_labels_follow_given_categories(coco: Callable[..., str]) -> None:
-    truth = read_truth(coco(thing(), thing(category=7)), categories=["cow", "dog"])
-    assert truth.categories == ("cow", "dog")
+def test_labels_can_follow_other_categories_that_know_all(coco: Callable[..., str]) -> None:
+    truth = read_truth(coco(thing(), thing(category=7))).relabelled(["dog", "cow", "cat"])
+    assert truth.categories == ("dog", "cow", "cat")
+    assert truth.examples[0].labels.tolist() == [3, 1]
+
+
+def test_ids_that_are_quoted_on_one_side_fit(coco: Callable[..., str]) -> None:
+    truth = read_truth(coco(thing(image="1", category="7")))
     assert truth.examples[0].labels.tolist() == [2]
-    assert truth.counts.unknown_category == 1
+    assert truth.counts.objects == 1
 
 
 @pytest.mark.parametrize(
@@ -107,7 +112,14 @@ def test_labels_follow_given_categories(coco: Callable[..., str]) -> None:
         ({"images": [*IMAGES, IMAGES[0]]}, "1 image ids stand there twice"),
         ({"images": [{"id": 1, "width": 100, "height": 80}]}, "wanted 'file_name' in"),
         ({"images": [{"id": 1, "file_name": "a.jpg"}]}, "wanted 'width' in"),
-        ({"categories": [{"id": 3, "name": "cat"}, {"id": 4, "name": "cat"}]}, "two categories have the same name"),
+        (
+            {"categories": [{"id": 3, "name": "cat"}, {"id": 4, "name": "cat"}]},
+            "two categories have the same id or name",
+        ),
+        (
+            {"categories": [{"id": 3, "name": "cat"}, {"id": 3, "name": "cow"}]},
+            "two categories have the same id or name",
+        ),
         ({"categories": [{"id": 3}]}, "wanted 'name' in"),
         ({"annotations": []}, "holds no box to learn from"),
     ],
