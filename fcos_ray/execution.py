@@ -33,6 +33,8 @@ from fcos_ray.progress import RunProgress
 
 logger = logging.getLogger("fcos_ray")
 _COMMITS_IN_FLIGHT: Final = 8
+# Ray Data's loggers that tell of every execution that it ended, and that our setting of no progress bars was followed.
+_CHATTY: Final = ("ray.data._internal.execution.streaming_executor", "ray.data._internal.progress")
 _ANSI: Final = re.compile(r"\x1b\[[0-9;]*m")  # Ray colours its messages; what happened stands at their end
 
 
@@ -86,6 +88,8 @@ def ray_session() -> Iterator[Cluster]:
         if "RAY_ADDRESS" in os.environ:
             ray.init(**options)
         else:
+            # it would advise to turn token authentication off
+            logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
             ray.init(address="local", include_dashboard=False, **options)
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():  # ray.init replaces them
@@ -130,6 +134,8 @@ class Execution:
         context.raise_original_map_exception = True  # else a stage's error arrives without its class
         context.enable_progress_bars = False
         context.print_on_execution_start = False
+        for name in _CHATTY:
+            logging.getLogger(name).setLevel(logging.ERROR)
 
     def label(self) -> ExecutionStats:
         """Come back when every shard is committed. Raises RunStopped when rounds end without progress."""

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     steps = {
         "draw images": f"sample.py --output {images} --images {options.images} --seed 7",
         "label them": f"detect.py --manifest {images}/manifest.parquet --output {output} --weights sample "
-        "--partition-by split --score-threshold 0.05",
+        "--partition-by split",
         "hold them against the truth": f"evaluate.py --output {output} --annotations {images}/annotations.json",
         "look at them": f"contact_sheet.py --output {output} --picture {sheet} --min-score 0.3",
     }

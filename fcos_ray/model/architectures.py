@@ -172,7 +172,7 @@ class Weights:
         }
         if found["max_size"] < found["min_size"]:
             raise ConfigError(f"max_size must be at least min_size ({found['min_size']}), got {found['max_size']}")
-        return found
+        return found | {name: tuple(found[name]) for name in ("image_mean", "image_std")}  # lists, out of JSON
 
 
 def build_model(
