@@ -28,8 +28,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     started = time.monotonic()
     images, output = (shlex.quote(str(options.folder / name)) for name in ("demo-images", "demo"))
-    for name in ("demo-images", "demo"):
-        shutil.rmtree(options.folder / name, ignore_errors=True)  # of the demo before
+    for name, mark in {"demo-images": "images", "demo": "labelling.json"}.items():  # of the demo before
+        folder = options.folder / name
+        if folder.exists() and any(folder.iterdir()) and not (folder / mark).exists():
+            print(f"error: {folder} is there and no demo's; choose another --folder", file=sys.stderr)
+            return 2
+        shutil.rmtree(folder, ignore_errors=True)
     sheet = f"{output}/contact-sheet.png"
     steps = {
         "draw images": f"sample.py --output {images} --images {options.images} --seed 7",

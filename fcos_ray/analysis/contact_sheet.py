@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import colorsys
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
 import PIL.Image
 from PIL import ImageDraw, ImageFont
 
@@ -20,6 +19,9 @@ from fcos_ray.analysis.dataset import open_dataset
 from fcos_ray.errors import DecodeError, OutputError
 from fcos_ray.inputs.decode import decode
 
+_COLUMNS: Final = (
+    "image_id", "uri", "status", "error_code", "width", "height", "boxes", "labels", "label_names", "scores",
+)  # fmt: skip
 _TILE: Final = (300, 225)  # width, height, pixels
 _GAP: Final = 8
 _CAPTION: Final = 20  # pixels below a tile
@@ -43,8 +45,8 @@ def draw_contact_sheet(
 ) -> ContactSheet:
     """Draw some of the newest rows of a job's output into a PNG file (path or uri), replacing none that is there.
 
-    Rows are chosen at random by `seed`; at most one tile in six is an error row. Raises OutputError when the output holds
-    no rows or `picture` exists with other content, StorageError.
+    Rows are chosen at random by `seed`; at most one tile in six is an error row, unless there are too few others. Raises
+    OutputError when the output holds no rows or `picture` exists with other content, StorageError.
     """
     rows = _choose(output, num_images=num_images, seed=seed)
     tiles = [_tile(row, min_score=min_score) for row in rows]
@@ -68,25 +70,17 @@ def draw_contact_sheet(
 
 
 def _choose(output: str, *, num_images: int, seed: int) -> list[dict[str, Any]]:
-    """Rows to show, those that are ok first. Only ids and outcomes of all rows are held."""
-    newest = open_dataset(output).latest()
-    known = newest.to_duckdb().project("image_id, status = 'ok' AS ok").order("image_id").fetchall()
-    if not known:
+    """Rows to show, those that are ok first. DuckDB chooses: an output may hold more ids than memory does."""
+    newest = open_dataset(output).latest(columns=_COLUMNS).to_duckdb()
+    shuffled = newest.order(f"md5(image_id || ' {int(seed)}'), image_id")
+    ok, failed = (
+        shuffled.filter(f"status = '{status}'").limit(num_images).to_arrow_table().to_pylist()
+        for status in ("ok", "error")
+    )
+    if not ok and not failed:
         raise OutputError(f"{output} holds no rows to draw")
-    rng = np.random.default_rng(seed)
-    ok, failed = ([image_id for image_id, is_ok in known if is_ok == wanted] for wanted in (True, False))
     num_failed = min(len(failed), max(num_images // _ERROR_SHARE, num_images - len(ok)))
-    chosen = [*_some(ok, num_images - num_failed, rng), *_some(failed, num_failed, rng)]
-    columns = "image_id, uri, status, error_code, boxes, labels, label_names, scores"
-    names = ", ".join("'" + image_id.replace("'", "''") + "'" for image_id in chosen)
-    rows = newest.to_duckdb().filter(f"image_id IN ({names})").project(columns).to_arrow_table().to_pylist()
-    by_id = {row["image_id"]: row for row in rows}
-    return [by_id[image_id] for image_id in chosen]
-
-
-def _some(ids: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
-    places: list[int] = rng.choice(len(ids), min(count, len(ids)), replace=False).tolist() if ids else []
-    return [ids[place] for place in sorted(places)]
+    return [*ok[: num_images - num_failed], *failed[:num_failed]]
 
 
 def _tile(row: Mapping[str, Any], *, min_score: float) -> PIL.Image.Image:
@@ -95,11 +89,14 @@ def _tile(row: Mapping[str, Any], *, min_score: float) -> PIL.Image.Image:
     name = row["uri"].rpartition("/")[2]
     if row["status"] == "ok":
         try:
-            pixels = decode(storage.read_bytes(row["uri"])).pixels
-        except (DecodeError, FileNotFoundError, PermissionError) as error:  # gone or changed since it was labelled
-            _blank(pen, f"now unreadable: {storage.describe(error)[:40]}")
+            image = decode(storage.read_bytes(row["uri"]))
+        except (DecodeError, storage.InvalidUri, OSError):
+            _blank(pen, "no longer readable")
         else:
-            tile.paste(_with_boxes(PIL.Image.fromarray(pixels), row, min_score), (0, 0))
+            if (image.width, image.height) == (row["width"], row["height"]):
+                tile.paste(_with_boxes(PIL.Image.fromarray(image.pixels), row, min_score), (0, 0))
+            else:
+                _blank(pen, "no longer what was labelled")
     else:
         _blank(pen, row["error_code"])
     pen.text((0, _TILE[1] + 3), _cut(f"{row['image_id']}  {name}", pen, _TILE[0]), _INK, _font(12))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from hashlib import md5
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ JOB = Path(__file__).resolve().parents[2] / "jobs" / "contact_sheet.py"
 
 @pytest.fixture
 def output(tmp_path: Path) -> str:
-    """Two grey images of 600×450 with a box of 10×20 pixels, one that is gone since, and an error row."""
-    names = ["a", "b", "gone", "bad"]
-    for name in names[:2]:
-        PIL.Image.fromarray(np.full((450, 600, 3), 128, np.uint8)).save(tmp_path / f"{name}.png")
+    """Two grey images of 64×48 with a box of 10×20 pixels, one that is gone since, one that changed, and an error row."""
+    names = ["a", "b", "gone", "other", "bad"]
+    for name in ("a", "b", "other"):
+        sides = (48, 65) if name == "other" else (48, 64)
+        PIL.Image.fromarray(np.full((*sides, 3), 128, np.uint8)).save(tmp_path / f"{name}.png")
     manifest = {"image_id": names, "uri": [str(tmp_path / f"{name}.png") for name in names]}
     write_run(str(tmp_path / "out"), 1, manifest, tmp_path, outcomes={"bad": "not_found", "b": [2, 1]})
     return str(tmp_path / "out")
@@ -43,20 +45,26 @@ def coloured(tile: np.ndarray) -> np.ndarray:
 
 def test_boxes_are_drawn_where_they_lie_at_the_tiles_scale(output: str, tmp_path: Path) -> None:
     picture = str(tmp_path / "sheet.png")
-    sheet = draw_contact_sheet(output, picture, num_images=4, num_columns=1)
-    assert (sheet.images, sheet.boxes, sheet.errors) == (3, 4, 1)
-    first, second, gone, bad = tiles(picture, 4)
-    # xyxy 0, 1, 10, 21 at half scale; its label stands above, moved into the tile
-    assert coloured(first)[10, :5].any()
-    assert not coloured(first)[20:, :].any()
-    assert not coloured(first)[:, 100:].any()
-    assert coloured(second)[:12].sum() > coloured(first)[:12].sum()  # two boxes
-    assert gone[0, 0].tolist() == bad[0, 0].tolist() == [214, 214, 210]
+    sheet = draw_contact_sheet(output, picture, num_images=5, num_columns=1)
+    assert (sheet.images, sheet.boxes, sheet.errors) == (4, 5, 1)
+    shown = sorted(["a", "b", "gone", "other"], key=lambda name: md5(f"{name} 0".encode()).hexdigest())
+    tile = dict(zip([*shown, "bad"], tiles(picture, 5), strict=True))
+    one, two = coloured(tile["a"]), coloured(tile["b"])
+    # xyxy 0, 1, 10, 21 in a tile of 300 / 64 times the size; the label stands above, moved into the tile
+    assert one[20:97, 0].all()
+    assert one[97, :46].all()
+    assert not one[20:95, 3:44].any()
+    assert not one[100:].any()
+    assert one[:14, 5:40].mean() > 0.5
+    assert two.sum() > 1.3 * one.sum()
+    for name in ("gone", "other", "bad"):
+        assert tile[name][0, 0].tolist() == [214, 214, 210]
+        assert (tile[name] == [176, 32, 32]).all(axis=2).any()  # words
 
 
 def test_boxes_below_a_score_are_left_out(output: str, tmp_path: Path) -> None:
-    sheet = draw_contact_sheet(output, str(tmp_path / "s.png"), num_images=3, num_columns=1, min_score=0.8)
-    assert sheet.boxes == 3
+    sheet = draw_contact_sheet(output, str(tmp_path / "s.png"), num_images=5, num_columns=1, min_score=0.8)
+    assert sheet.boxes == 4
 
 
 def test_the_same_seed_shows_the_same_rows_and_errors_are_few(output: str, tmp_path: Path) -> None:

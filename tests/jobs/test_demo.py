@@ -16,7 +16,7 @@ DEMO = Path(__file__).resolve().parents[2] / "jobs" / "demo.py"
 @pytest.mark.ray
 def test_the_demo_labels_measures_asks_and_shows(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
-    (tmp_path / "demo" / "of-the-demo-before").touch()
+    (tmp_path / "demo" / "labelling.json").write_text("of the demo before")
     done = subprocess.run(
         [sys.executable, str(DEMO), "--folder", str(tmp_path), "--images", "24"],
         capture_output=True,
@@ -31,6 +31,17 @@ def test_the_demo_labels_measures_asks_and_shows(tmp_path: Path) -> None:
     assert "mean_score" in done.stdout
     assert "circle" in done.stdout
     assert PIL.Image.open(tmp_path / "demo" / "contact-sheet.png").width > 1000
-    assert not (tmp_path / "demo" / "of-the-demo-before").exists()
     commands = [line for line in done.stderr.splitlines() if line.startswith("$ python jobs/")]
     assert len(commands) == 4
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-images"])
+def test_a_folder_that_is_no_demos_is_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.tex").write_text("years")
+    done = subprocess.run(
+        [sys.executable, str(DEMO), "--folder", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{tmp_path / name} is there and no demo's; choose another --folder" in done.stderr
+    assert (tmp_path / name / "thesis.tex").read_text() == "years"
