@@ -34,7 +34,9 @@ class Head:
     """A Ray head node with the job server, on loopback, for those who know the token."""
 
     def __init__(self, folder: Path) -> None:
-        ports = {"port": free_port(), "dashboard-port": free_port(), "ray-client-server-port": free_port()}
+        # The agent's port is fixed by default: where another Ray has it, no job is ever taken.
+        names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port")
+        ports = {name: free_port() for name in names}
         self.address = f"http://127.0.0.1:{ports['dashboard-port']}"
         programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.environment = {

@@ -264,7 +264,7 @@ def test_damaged_files_never_raise_anything_but_a_weights_error(pth: Path, tmp_p
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("/no/such/folder/model.pth", "weights /no/such/folder/model.pth do not exist: wanted COCO_V1, random"),
+        ("/no/such/folder/model.pth", "weights /no/such/folder/model.pth do not exist: wanted COCO_V1, sample, random"),
         ("s3://user:secret@bucket/model.pth", "cannot be read: InvalidUri"),
         ("COCO_V2", "weights 'COCO_V2' are unknown: wanted COCO_V1"),
         ("IMAGENET1K_V1", "weights 'IMAGENET1K_V1' are a classifier's, .*--weights-backbone"),
