@@ -159,7 +159,8 @@ class JobConfig(Settings):
     def renames(self) -> dict[str, str]:
         """What manifest columns are called from here on: `rename`, uri_column and image_id_column in one."""
         named = {self.uri_column: "uri", self.image_id_column: "image_id"}
-        return self.rename | {old: new for old, new in named.items() if old is not None and old != new}
+        renames = self.rename | {old: new for old, new in named.items() if old is not None}
+        return {old: new for old, new in renames.items() if old != new}
 
     def labelling_settings(self) -> dict[str, Any]:
         """The settings that change a result, as JSON values."""

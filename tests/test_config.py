@@ -208,3 +208,8 @@ def test_a_column_named_by_its_own_flag_is_the_same_request_as_a_rename() -> Non
 
 def test_flags_and_the_class_give_the_same_config() -> None:
     assert load_config(NEEDED) == JobConfig(manifest=["m.parquet"], output="out")
+
+
+def test_a_column_renamed_to_its_own_name_is_no_other_request() -> None:
+    plain = JobConfig(manifest=["m"], output="o")
+    assert JobConfig(manifest=["m"], output="o", rename={"a": "a"}).request_settings() == plain.request_settings()

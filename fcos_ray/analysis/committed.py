@@ -106,7 +106,9 @@ def _footer(uri: str) -> pa.Schema:
 
     try:
         return storage.retrying(f"reading {uri}", read)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
+        if not isinstance(error, pa.ArrowException) and error.errno is not None:
+            raise  # the store's; Arrow raises an OSError without a number for a damaged footer (pyarrow 26)
         raise OutputError(f"{uri} cannot be read: {error}; wanted a Parquet file that a run wrote there") from error
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import duckdb
 import PIL.Image
 from PIL import ImageDraw, ImageFont
 
@@ -48,6 +49,8 @@ def draw_contact_sheet(
     Rows are chosen at random by `seed`; at most one tile in six is an error row, unless there are too few others. Raises
     OutputError when the output holds no rows or `picture` exists with other content, StorageError.
     """
+    if not picture.endswith(".png"):
+        raise OutputError(f"a contact sheet is written to a name that ends in .png, got {picture!r}")
     rows = _choose(output, num_images=num_images, seed=seed)
     tiles = [_tile(row, min_score=min_score) for row in rows]
     num_columns = min(num_columns, len(tiles))
@@ -58,7 +61,11 @@ def draw_contact_sheet(
         sheet.paste(tile, (_GAP + right * width, _GAP + down * height))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    if not storage.create(picture, buffer.getvalue()):
+    try:
+        created = storage.create(picture, buffer.getvalue())
+    except (storage.InvalidUri, *storage.STORE_ERRORS) as error:
+        raise OutputError(f"{picture} cannot be written: {storage.describe(error)}") from error
+    if not created:
         raise OutputError(f"{picture} exists already; wanted the name of a new picture")
     ok = [row for row in rows if row["status"] == "ok"]
     return ContactSheet(
@@ -73,10 +80,13 @@ def _choose(output: str, *, num_images: int, seed: int) -> list[dict[str, Any]]:
     """Rows to show, those that are ok first. DuckDB chooses: an output may hold more ids than memory does."""
     newest = open_dataset(output).latest(columns=_COLUMNS).to_duckdb()
     shuffled = newest.order(f"md5(image_id || ' {int(seed)}'), image_id")
-    ok, failed = (
-        shuffled.filter(f"status = '{status}'").limit(num_images).to_arrow_table().to_pylist()
-        for status in ("ok", "error")
-    )
+    try:
+        ok, failed = (
+            shuffled.filter(f"status = '{status}'").limit(num_images).to_arrow_table().to_pylist()
+            for status in ("ok", "error")
+        )
+    except duckdb.Error as error:
+        raise OutputError(f"{output} cannot be read: {error}") from error
     if not ok and not failed:
         raise OutputError(f"{output} holds no rows to draw")
     num_failed = min(len(failed), max(num_images // _ERROR_SHARE, num_images - len(ok)))

@@ -219,10 +219,12 @@ class _Listing:
     def keys(self) -> list[str]:
         """The names of the partition columns. Raises ManifestError where two differ in case only."""
         own = {*_SCHEMA.names, "uri", "content_sha256"}
-        if clashing := sorted(self._keys & own):
+        clashing = sorted(key for key in self._keys if key.casefold() in own)  # DuckDB ignores case
+        if clashing:
             logger.warning("folders named %s=… give no column: the manifest has one of that name", clashing[0])
-        check_names(self._root, sorted(self._keys - own))
-        return sorted(self._keys - own)
+        keys = sorted(self._keys.difference(clashing))
+        check_names(self._root, keys)
+        return keys
 
     def summary(self, output: str, seconds: float) -> ListingSummary:
         counts = (self._rows, self._bytes, self._skipped, self._refused, self._unprobed)

@@ -21,7 +21,7 @@ IMAGE_GLOBS: Final = tuple(
 )  # fmt: skip
 # Names without these are uris as they are; the others are looked at one by one, which takes 20 times as long.
 _ODD: Final = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff:@?]")
-_TOKEN: Final = re.compile(r"\*+|\?|\[!?\]?[^\]]*\]|.", re.DOTALL)
+_TOKEN: Final = re.compile(r"\*+|\?|\[!?(?:\][^\]]*|[^\]]+)\]|.", re.DOTALL)
 _HIVE: Final = re.compile(r"([A-Za-z_][A-Za-z0-9_-]*)=(.+)", re.DOTALL)
 _HIVE_NULL: Final = "__HIVE_DEFAULT_PARTITION__"
 
@@ -85,8 +85,10 @@ def _part_regex(part: str) -> str:
             return "[^/]"
         if len(token) == 1:
             return re.escape(token)
-        inner = token[1:-1].replace("\\", r"\\")
-        return f"[{'^' + inner[1:] if inner[0] == '!' else inner.replace('^', chr(92) + '^')}]"
+        negated, inner = token[1] == "!", token[1:-1].removeprefix("!")
+        # a set never stands for the / between folders; what re reads as more than a letter is taken literally
+        literal = re.sub(r"([\[\]\\^&~|])", r"\\\1", inner)
+        return f"(?!/)[{'^' * negated}{literal}]"
 
     return "".join(regex(token) for token in _TOKEN.findall(part))
 

@@ -46,7 +46,8 @@ def scan_files(folder: str, *, num_threads: int = 16) -> Iterator[list[StoredFil
         elif is_s3(fs):
             for number, page in enumerate(s3_pages(fs, base), start=1):
                 yield list(s3_files(base, page))
-                if number == _FLAT_PAGES and page.get("IsTruncated"):
+                # a store may answer an empty page in the middle: over delete markers, say
+                if number >= _FLAT_PAGES and page.get("IsTruncated") and page.get("Contents"):
                     cuts = _cuts(pool, fs, base, page["Contents"][-1]["Key"])
                     yield from _scan(pool, [_s3_part(fs, base, *cut) for cut in cuts], num_threads)
                     return

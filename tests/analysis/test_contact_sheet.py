@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from hashlib import md5
@@ -79,6 +80,20 @@ def test_a_picture_that_is_there_is_not_replaced(output: str, tmp_path: Path) ->
     with pytest.raises(OutputError, match=r"sheet\.png exists already; wanted the name of a new picture"):
         draw_contact_sheet(output, str(tmp_path / "sheet.png"))
     assert (tmp_path / "sheet.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        ("", "a name that ends in .png, got ''"),
+        ("sheet.jpg", "a name that ends in .png, got 'sheet.jpg'"),
+        ("/proc/sheet.png", "/proc/sheet.png cannot be written: "),
+        ("{folder}/a.png/sheet.png", "a.png/sheet.png cannot be written: "),
+    ],
+)
+def test_a_picture_that_cannot_be_is_refused(output: str, tmp_path: Path, picture: str, message: str) -> None:
+    with pytest.raises(OutputError, match=re.escape(message)):
+        draw_contact_sheet(output, picture.format(folder=tmp_path))
 
 
 def job(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -131,6 +131,9 @@ def test_folders_named_key_value_become_columns_of_strings(tmp_path: Path) -> No
 def test_folders_that_differ_in_case_or_make_too_many_columns_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=r"columns 'Day' and 'day' differ in case only"):
         listed(fill(tmp_path / "root", "Day=1/a.jpg", "day=2/b.jpg"), tmp_path / "m.parquet")
+    for number, own in enumerate(["Width=3/a.jpg", "URI=3/a.jpg"]):
+        table, _ = listed(fill(tmp_path / str(number), own), tmp_path / f"{number}.parquet")
+        assert not {"Width", "URI"} & set(table.column_names)
     many = fill(tmp_path / "many", *(f"k{i}=1/a.jpg" for i in range(65)))
     with pytest.raises(ManifestError, match=r"more than 64 partition columns \(k0, k1, k10, …\); list them apart"):
         listed(many, tmp_path / "m.parquet")
@@ -164,6 +167,22 @@ def test_globs_choose_files_by_name_or_by_path(tmp_path: Path, case: str) -> Non
 def test_what_is_no_wildcard_means_itself(name: str) -> None:
     assert Names((name,), (), root="/r").fits(name)
     assert not Names((name,), (), root="/r").fits("axb")
+
+
+@pytest.mark.parametrize(
+    ("glob", "fitting", "not_fitting"),
+    [
+        ("a[].jpg", "a[].jpg", "a.jpg"),
+        ("[]].jpg", "].jpg", "a.jpg"),
+        ("x[!y]z.jpg", "xaz.jpg", "x/z.jpg"),
+        ("[^a].jpg", "^.jpg", "b.jpg"),
+        ("[a-c&&d].jpg", "b.jpg", "e.jpg"),
+    ],
+)
+def test_odd_sets_of_characters_are_taken_as_they_are_written(glob: str, fitting: str, not_fitting: str) -> None:
+    names = Names((f"**/{glob}",), (), root="/r")
+    assert names.fits(fitting)
+    assert not names.fits(not_fitting)
 
 
 # ---- the same on a local disk and on a real S3 server
