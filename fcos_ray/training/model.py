@@ -105,7 +105,8 @@ class Start:
         return model
 
     def _keeps_labels(self, truth: Truth) -> bool:
-        return self.weights is not None and truth.categories == self.weights.categories[1:]
+        known = self.weights.categories if self.weights is not None else ()
+        return truth.categories == known[1:] and self.num_classes(truth) == len(known)
 
     def _say_what_is_new(self, truth: Truth) -> None:
         assert self.weights is not None
