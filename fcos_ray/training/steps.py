@@ -62,7 +62,9 @@ class Fitting:
         self.num_steps = config.epochs * self._data.steps_per_epoch
         if config.warmup_steps >= self.num_steps:
             log.warning(
-                "warmup_steps (%d): the training ends before, after %d steps", config.warmup_steps, self.num_steps
+                "warmup_steps (%d) reach the end: the learning rate never falls in %d steps",
+                config.warmup_steps,
+                self.num_steps,
             )
         self._progress = _Progress()
 

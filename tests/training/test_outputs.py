@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fcos_ray.training.steps as steps
+from fcos_ray import storage
 from fcos_ray.errors import ConfigError, EvaluationError, ManifestError, OutputError, UserError
 from fcos_ray.model.weights import load_weights
 from fcos_ray.sample import write_sample
@@ -91,6 +92,22 @@ def test_of_two_trainings_the_later_one_deletes_nothing_that_is_newer(tmp_path: 
     assert names(tmp_path) == ["state-000000006.pt", "state-000000008.pt"]
 
 
+def test_a_state_that_goes_while_it_is_looked_at_gives_way_to_the_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states, other = States(str(tmp_path)), States(str(tmp_path))
+    states.save({"steps": 4}, steps=4)
+    read = storage.read_bytes
+
+    def while_the_other_goes_on(uri: str) -> bytes:
+        if uri.endswith("4.pt"):
+            other.save({"steps": 8}, steps=8)
+        return read(uri)
+
+    monkeypatch.setattr(storage, "read_bytes", while_the_other_goes_on)
+    assert states.newest(device=torch.device("cpu")) == {"steps": 8}
+
+
 @pytest.mark.parametrize("length", [0, 0.5])
 def test_a_damaged_state_is_passed_over_for_an_older_one_or_named(tmp_path: Path, length: float) -> None:
     states = States(str(tmp_path))
@@ -160,6 +177,14 @@ def test_finished_weights_are_measured_when_they_had_not_been(annotations: str, 
     again = train(config(annotations, tmp_path / "out", val_annotations=annotations, score_threshold=0.0))
     assert set(again.metrics) == {"mean_ap", "ap50", "ap75", "ar_100"}
     assert Path(first.weights).read_bytes() == written
+
+
+def test_what_bodes_ill_is_warned_of(annotations: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(config(annotations, tmp_path / "out", warmup_steps=2))
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 2
+    assert warnings[0].startswith("training from nothing (no weights, no weights_backbone)")
+    assert warnings[1] == "warmup_steps (2) reach the end: the learning rate never falls in 2 steps"
 
 
 def test_a_very_thin_image_does_not_end_the_training(annotations: str, tmp_path: Path) -> None:
