@@ -10,6 +10,7 @@ import json
 import logging
 import signal
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -23,12 +24,13 @@ from fcos_ray.training.config import load_train_config
 def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("fcos_ray").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _ask_to_stop)
     try:
         config = load_train_config(arguments)
         from fcos_ray.training.fit import train  # torch: 3 s that --help and a typo need not wait for
 
-        summary = train(config)
+        summary = train(config, stop=_asked.is_set)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -42,8 +44,14 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+_asked = threading.Event()
+
+
+def _ask_to_stop(_number: int, _frame: FrameType | None) -> None:
+    """The step that runs is ended and saved; a second signal does not wait for it."""
+    if _asked.is_set():
+        raise KeyboardInterrupt
+    _asked.set()
 
 
 if __name__ == "__main__":

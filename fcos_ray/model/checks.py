@@ -16,6 +16,8 @@ from fcos_ray.types import Image
 
 DEVICE_TYPES: Final = ("cpu", "cuda")
 PRECISIONS: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# torch's names (2.14) of the instructions that compute in a type: two of x86, one of ARM
+_NATIVE: Final = {"bf16": ("avx512_bf16", "amx_bf16", "bf16"), "fp16": ("avx512_fp16", "amx_fp16", "fp16_arith")}
 
 
 def check_image(image: object, index: int) -> Image | Tensor:
@@ -67,7 +69,7 @@ def _is_native(name: str, device: torch.device) -> bool:
         # without the flag emulation counts: True on a T4 (torch 2.14)
         return name == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
     can = torch.cpu.get_capabilities()
-    return any(can.get(f"{unit}_{name}", False) for unit in ("avx512", "amx")) or bool(can.get(f"arm_{name}", False))
+    return any(can.get(instructions, False) for instructions in _NATIVE[name])
 
 
 def _described(device: torch.device) -> str:

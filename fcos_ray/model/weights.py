@@ -35,7 +35,7 @@ _SAMPLE: Final = Path(__file__).parent / "sample" / "weights.safetensors"  # rec
 _CLS_LOGITS: Final = "head.classification_head.cls_logits.weight"  # (num_classes, channels, 3, 3)
 _METADATA: Final = "fcos_ray"  # key in a safetensors file's metadata: what the weights are, as JSON
 # What torch.load raises on files that are no checkpoints, are damaged, or hold more than tensors and containers.
-_LOAD_ERRORS: Final = (
+LOAD_ERRORS: Final = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
 )  # fmt: skip
 _WANTED: Final = "wanted COCO_V1, sample, random:<seed>, or the path or uri of a .pth, .pt or .safetensors file"
@@ -170,7 +170,7 @@ def _read_file(uri: str) -> bytes:
 def _read_torch(data: bytes, name: str) -> dict[str, Tensor]:
     try:
         loaded = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         reason = str(error).split(". ")[0].split("\n")[0]
         raise WeightsError(f"weights {name} cannot be loaded as a state dict: {reason}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):

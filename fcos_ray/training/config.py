@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -11,10 +12,10 @@ from fcos_ray.settings import Fraction, Positive, Settings, Triple, load_setting
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-# Settings that may differ when a training goes on: they change where and how it runs, not what it learns.
+# Settings that may differ when a training goes on: they change where and how it runs and is measured, not what it learns.
 FREE_SETTINGS = (
     "output", "annotations", "images", "val_annotations", "val_images", "device", "num_threads", "save_every_steps",
-    "progress",
+    "progress", "max_skipped_fraction", "score_threshold", "nms_threshold", "max_detections", "topk_candidates",
 )  # fmt: skip
 
 
@@ -26,11 +27,16 @@ class TrainConfig(Settings):
 
     # What to learn from, and where the weights go
     annotations: str = Field(min_length=1, description="COCO-format JSON: images, annotations, categories")
-    images: str | None = Field(None, description="Folder or prefix of its file names (default: where the JSON lies)")
+    images: str | None = Field(
+        None, min_length=1, description="Folder or prefix of its file names (default: where the JSON lies)"
+    )
     output: str = Field(min_length=1, description="Folder or s3:// prefix: saved states, then weights.safetensors")
-    val_annotations: str | None = Field(None, description="COCO-format JSON to measure mAP on at the end")
-    val_images: str | None = Field(None, description="Folder or prefix of its file names (default: likewise)")
+    val_annotations: str | None = Field(None, min_length=1, description="COCO-format JSON to measure mAP on at the end")
+    val_images: str | None = Field(
+        None, min_length=1, description="Folder or prefix of its file names (default: likewise)"
+    )
     empty_images: Literal["keep", "drop"] = Field("keep", description="Images without a box: background, or left out")
+    max_skipped_fraction: Fraction = Field(0.1, description="Stop when more of the images cannot be used")
     min_box_side: NotNegative = Field(1.0, description="Boxes with a shorter side are left out, pixels")
 
     # The model
@@ -68,7 +74,9 @@ class TrainConfig(Settings):
     horizontal_flip: Fraction = Field(0.5, description="Probability that an image is mirrored")
     scale_jitter: tuple[Rate, Rate] = Field((1.0, 1.0), description="Range of the factor on min_size and max_size")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Arithmetic of the forward pass (bf16: autocast)")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Same seed, same data, same machine: same weights")
+    seed: Annotated[int, Field(ge=0, le=2**31)] = Field(
+        0, description="Same seed, same data, same machine: same weights"
+    )
 
     # The process
     device: Literal["cpu", "cuda"] | None = Field(None, description="Default: cuda where there is one, else cpu")
@@ -83,6 +91,12 @@ class TrainConfig(Settings):
             raise ValueError(f"scale_jitter wants the smaller factor first, got {self.scale_jitter}")
         if self.min_size is not None and self.max_size is not None and self.max_size < self.min_size:
             raise ValueError(f"max_size must be at least min_size ({self.min_size}), got {self.max_size}")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name) or (1.0,)
+            if not all(math.isfinite(value) for value in values):
+                raise ValueError(f"{name} must be three numbers, for R, G and B, got {values!r}")
+            if name == "image_std" and min(values) <= 0:
+                raise ValueError(f"image_std must be above 0, got {values!r}")
         return self
 
     def recipe(self) -> dict[str, Any]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 
 from fcos_ray import storage
+from fcos_ray.analysis.coco_metric import check_installed
 from fcos_ray.analysis.evaluate import evaluate
-from fcos_ray.errors import ImageError, ManifestError
+from fcos_ray.analysis.truth import read_truth
+from fcos_ray.errors import EvaluationError, ImageError, ManifestError
 from fcos_ray.inputs.decode import decode
 from fcos_ray.model.architectures import Weights
 from fcos_ray.model.detector import Detector
 from fcos_ray.training.config import TrainConfig
-from fcos_ray.training.dataset import Example, read_truth
+from fcos_ray.training.truth import image_uri
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +35,38 @@ _ROWS: pa.Schema = pa.schema(
 )
 
 
-def measure(weights: Weights, config: TrainConfig) -> dict[str, float | None]:
-    """Box mAP and its kin on `config.val_annotations`. Images that cannot be read count as without detections.
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """The images to measure on: id in the truth and uri."""
 
-    Raises EvaluationError, also when faster-coco-eval is not installed; ManifestError when no image could be read.
+    annotations: str
+    images: tuple[tuple[str, str], ...]
+
+
+def read_validation(annotations: str, *, images: str | None, categories: Sequence[str]) -> Validation:
+    """Look at everything that could go wrong at the end, before the first step.
+
+    `categories`: what the model will answer. Raises EvaluationError, also when faster-coco-eval is not installed.
     """
-    assert config.val_annotations is not None
-    truth = read_truth(config.val_annotations, images=config.val_images)
+    check_installed()
+    truth = read_truth(annotations)
+    if not set(truth.categories) & set(categories):
+        raise EvaluationError(
+            f"annotations {truth.name}: none of its categories ({', '.join(truth.categories[:5])}) is one of those to "
+            f"learn ({', '.join(categories[1:6])}); names are compared letter by letter"
+        )
+    folder = images if images is not None else storage.parent(annotations)
+    return Validation(annotations, tuple((image.id, image_uri(truth.name, image, folder)) for image in truth.images))
+
+
+def measure(
+    weights: Weights, validation: Validation, config: TrainConfig, *, stop: Callable[[], bool] = lambda: False
+) -> dict[str, float | None]:
+    """Box mAP and its kin. Images that cannot be read count as without detections.
+
+    `stop` is asked after each image; True raises KeyboardInterrupt. Raises ManifestError when no image could be read,
+    EvaluationError, StorageError.
+    """
     detector = Detector(
         weights,
         device=config.device,
@@ -47,13 +75,20 @@ def measure(weights: Weights, config: TrainConfig) -> dict[str, float | None]:
         max_detections=config.max_detections,
         topk_candidates=config.topk_candidates,
     )
-    rows = list(_rows(truth.examples, detector))
+    rows = []
+    for image_id, uri in validation.images:
+        rows.append({"image_id": image_id, "uri": uri} | _detected(uri, detector))
+        if stop():
+            raise KeyboardInterrupt
     if all(row["status"] == "error" for row in rows):
-        raise ManifestError(f"{config.val_annotations}: none of its {len(rows)} images could be read")
+        raise ManifestError(
+            f"{validation.annotations}: none of its {len(rows)} images could be read, the first is {rows[0]['uri']}. "
+            "Check --val-images; the same command goes on with measuring"
+        )
     found = evaluate(
         pa.Table.from_pylist(rows, _ROWS),
-        config.val_annotations,
-        match="file_name",
+        validation.annotations,
+        match="image_id",
         model_categories=weights.categories,
     )
     for note in found.notes:
@@ -61,20 +96,18 @@ def measure(weights: Weights, config: TrainConfig) -> dict[str, float | None]:
     return {"mean_ap": found.mean_ap, "ap50": found.ap50, "ap75": found.ap75, "ar_100": found.ar_100}
 
 
-def _rows(examples: tuple[Example, ...], detector: Detector) -> Iterator[dict[str, object]]:
-    for example in examples:
-        row: dict[str, object] = {"image_id": example.uri, "uri": example.uri, "status": "ok"}
-        try:
-            image = decode(storage.read_bytes(example.uri))
-            [found] = detector([image.pixels])
-        except (ImageError, FileNotFoundError, PermissionError) as error:
-            log.warning("%s: %s", example.uri, storage.describe(error))
-            yield row | {"status": "error"}
-            continue
-        yield row | {
-            "width": image.width,
-            "height": image.height,
-            "boxes": found.boxes.tolist(),
-            "label_names": [detector.categories[label] for label in found.labels],
-            "scores": found.scores.tolist(),
-        }
+def _detected(uri: str, detector: Detector) -> dict[str, object]:
+    try:
+        image = decode(storage.read_bytes(uri))
+        [found] = detector([image.pixels])
+    except (ImageError, storage.InvalidUri, *storage.STORE_ERRORS) as error:  # a StorageError ends the measuring
+        log.warning("%s: %s", uri, storage.describe(error))
+        return {"status": "error"}
+    return {
+        "status": "ok",
+        "width": image.width,
+        "height": image.height,
+        "boxes": found.boxes.tolist(),
+        "label_names": [detector.categories[label] for label in found.labels],
+        "scores": found.scores.tolist(),
+    }

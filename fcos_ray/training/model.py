@@ -7,13 +7,15 @@ it: BatchNorm2d and every layer learning from nothing; FrozenBatchNorm2d and the
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
+from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d
 
 from fcos_ray import storage
@@ -21,10 +23,11 @@ from fcos_ray.errors import ConfigError, WeightsError
 from fcos_ray.model.architectures import ARCHITECTURES, Architecture, Weights, train_layers
 from fcos_ray.model.weights import BACKGROUND, load_weights
 from fcos_ray.training.config import TrainConfig
-from fcos_ray.training.dataset import Truth
+from fcos_ray.training.truth import Truth
 
 log = logging.getLogger(__name__)
 
+_LABEL_LAYER = tuple(f"head.classification_head.cls_logits.{part}" for part in ("weight", "bias"))
 _SPARE = "N/A"  # name of a class that nothing is labelled with; torchvision's word
 _TRAINED_LAYERS = 3  # torchvision's default of trainable_backbone_layers
 
@@ -64,32 +67,55 @@ class Start:
         spare = self.num_classes(truth) - 1 - len(truth.categories)
         return (BACKGROUND, *truth.categories, *(_SPARE for _ in range(spare)))
 
-    def build(self, num_classes: int) -> nn.Module:
-        """The model, on the CPU. New values come from torch's generator. Raises WeightsError without network or cache."""
+    def smallest_input(self) -> dict[str, int]:
+        """min_size and max_size under the smallest factor of scale_jitter."""
+        return {name: round(self.input[name] * self.config.scale_jitter[0]) for name in ("min_size", "max_size")}
+
+    def build(self, truth: Truth) -> nn.Module:
+        """The model for the labels of `truth`, on the CPU. New values come from torch's generator.
+
+        Raises WeightsError when the backbone's weights cannot be had, ConfigError when num_classes is too small.
+        """
         config = self.config
         pretrained = self.weights is not None or self.backbone is not None
+        if not pretrained:
+            log.warning("training from nothing (no weights, no weights_backbone): that takes many images and epochs")
         try:
             model = self.architecture.build(
-                num_classes,
+                self.num_classes(truth),
                 norm_layer=FrozenBatchNorm2d if pretrained else nn.BatchNorm2d,
                 weights_backbone=self.backbone,
                 progress=config.progress,
                 **self.input,
                 center_sampling_radius=config.center_sampling_radius,
-                score_thresh=config.score_threshold,
-                nms_thresh=config.nms_threshold,
-                detections_per_img=config.max_detections,
-                topk_candidates=config.topk_candidates,
             )
-        except OSError as error:  # of a download
+        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:  # of a download, or of a damaged file
+            if self.backbone is None:
+                raise
             raise WeightsError(
-                f"weights_backbone {config.weights_backbone} is not in torch.hub's cache and cannot be downloaded "
-                f"({storage.describe(error)}). Put {getattr(self.backbone, 'url', '')} into {torch.hub.get_dir()}/checkpoints"
+                f"weights_backbone {config.weights_backbone} cannot be downloaded to torch.hub's cache or loaded from it "
+                f"({storage.describe(error)}). Put {self.backbone.url} into {torch.hub.get_dir()}/checkpoints"
             ) from error
         if self.weights is not None:
-            _load(model, self.weights)
+            _load(model, self.weights, without=() if self._keeps_labels(truth) else _LABEL_LAYER)
+            self._say_what_is_new(truth)
+        generator: Any = model.anchor_generator
+        generator.register_forward_pre_hook(_fp32_stand_ins)
         train_layers(model, config.architecture, self._num_layers(pretrained))
         return model
+
+    def _keeps_labels(self, truth: Truth) -> bool:
+        known = self.weights.categories if self.weights is not None else ()
+        return truth.categories == known[1:] and self.num_classes(truth) == len(known)
+
+    def _say_what_is_new(self, truth: Truth) -> None:
+        assert self.weights is not None
+        if self._keeps_labels(truth):
+            return
+        lacking = [name for name in truth.categories if name not in self.weights.categories]
+        named = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else "")
+        why = f"they lack {named}" if lacking else f"they have {self.weights.num_classes} classes"
+        log.warning("weights %s: the classification layer is made anew, since %s", self.weights.name, why)
 
     def _num_layers(self, pretrained: bool) -> int:
         wanted, there = self.config.trainable_backbone_layers, len(self.architecture.stages)
@@ -132,13 +158,13 @@ def _backbone(name: str | None, architecture: Architecture) -> WeightsEnum | Non
     return found
 
 
-def _load(model: nn.Module, weights: Weights) -> None:
-    """Take the weights; a classification layer for another number of classes stays new."""
-    own = model.state_dict()
-    state: dict[str, Tensor] = {key: torch.tensor(value) for key, value in weights.state.items()}
-    new = [key for key, value in state.items() if own[key].shape != value.shape]
-    for key in new:
-        del state[key]
-    if new:
-        log.info("weights %s have %d classes: made anew is %s", weights.name, weights.num_classes, ", ".join(new))
-    model.load_state_dict(state, strict=False)
+def _load(model: nn.Module, weights: Weights, *, without: Sequence[str]) -> None:
+    state = {key: torch.tensor(value) for key, value in weights.state.items() if key not in without}
+    model.load_state_dict(state, strict=False)  # weights are checked when they are loaded: only `without` is missing
+
+
+def _fp32_stand_ins(_generator: nn.Module, inputs: tuple[ImageList, list[Tensor]]) -> tuple[ImageList, list[Tensor]]:
+    """Anchors take shape and type from the features, and bf16 counts pixels in eights above 1024."""
+    images, features = inputs
+    pixel = images.tensors.new_empty((), dtype=torch.float32)
+    return images, [pixel.expand(level.shape) for level in features]

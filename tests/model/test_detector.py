@@ -15,6 +15,7 @@ from torchvision.ops import box_iou
 
 from fcos_ray.errors import ConfigError, DetectError
 from fcos_ray.model.architectures import Weights
+from fcos_ray.model.checks import PRECISIONS, pick_precision
 from fcos_ray.model.detector import Detector, _as_seen, _Input
 from fcos_ray.model.postprocess import Found, HeadOutputs
 from fcos_ray.types import Detections, Image
@@ -68,6 +69,16 @@ def test_a_precision_that_the_device_would_emulate_is_refused(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "i386", "avx2": True})
     with pytest.raises(ConfigError, match=rf"precision {precision} is not native on .*i386.*--precision fp32"):
         Detector(weights, device="cpu", precision=precision, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("precision", "there"), [("bf16", "amx_bf16"), ("bf16", "bf16"), ("fp16", "avx512_fp16"), ("fp16", "fp16_arith")]
+)
+def test_a_precision_that_the_cpu_computes_is_taken_on_x86_and_arm(
+    precision: str, there: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {there: True})
+    assert pick_precision(precision, torch.device("cpu")) == PRECISIONS[precision]
 
 
 def test_results_are_numpy_of_the_promised_types_and_boxes_lie_within_the_image(detector: Detector) -> None:

@@ -10,7 +10,7 @@ from fcos_ray.model.detector import Detector
 from fcos_ray.model.weights import load_weights
 from fcos_ray.sample import CATEGORIES, write_sample
 from fcos_ray.training.config import TrainConfig
-from fcos_ray.training.measure import measure
+from fcos_ray.training.measure import measure, read_validation
 
 SAMPLE = Path(fcos_ray.__file__).parent / "model" / "sample"
 
@@ -37,7 +37,7 @@ def test_they_were_made_by_the_recipe_beside_them() -> None:
 
 def test_their_map_on_200_unseen_drawings_is_at_least_three_quarters(tmp_path: Path) -> None:
     truth = write_sample(tmp_path / "val", num_images=200, num_broken=0, seed=2000).annotations
-    found = measure(
-        load_weights("sample"), TrainConfig(annotations="-", output="-", val_annotations=truth, score_threshold=0.05)
-    )
+    weights = load_weights("sample")
+    validation = read_validation(truth, images=None, categories=weights.categories)
+    found = measure(weights, validation, TrainConfig(annotations="-", output="-", score_threshold=0.05))
     assert (found["mean_ap"] or 0) >= 0.75

@@ -15,16 +15,18 @@ import torchvision
 from torchvision.models.detection import fcos_resnet50_fpn
 from torchvision.ops import FrozenBatchNorm2d, box_iou
 
-import fcos_ray.training.fit as fit
+import fcos_ray.training.steps as steps
 from fcos_ray.errors import ConfigError, WeightsError
 from fcos_ray.inputs.decode import decode
 from fcos_ray.model.detector import Detector
 from fcos_ray.model.weights import load_weights
 from fcos_ray.sample import CATEGORIES, write_sample
 from fcos_ray.training.config import TrainConfig
-from fcos_ray.training.dataset import Batches, read_truth
-from fcos_ray.training.fit import LOSSES, learning_rate, train
+from fcos_ray.training.dataset import Batches
+from fcos_ray.training.fit import train
 from fcos_ray.training.model import start_model
+from fcos_ray.training.steps import LOSSES, learning_rate
+from fcos_ray.training.truth import read_truth
 
 SMALL = "fcos_mobilenet_v3_small_fpn"
 
@@ -60,7 +62,7 @@ def test_losses_equal_torchvisions_model_in_training_mode(annotations: str, tmp_
     if pretrained:
         settings["weights"] = str(path)
         freeze_norms(torchvisions)
-    made = start_model(config(annotations, **settings)).build(6)
+    made = start_model(config(annotations, **settings)).build(read_truth(annotations))
     made.load_state_dict({k: v for k, v in torchvisions.state_dict().items() if k in made.state_dict()})
     images = [image.float() / 255 for image in batch.images]
     with torch.no_grad():
@@ -92,7 +94,7 @@ def test_frozen_layers_are_torchvisions(annotations: str, tmp_path: Path, layers
     try:
         wanted = fcos_resnet50_fpn(**kind, num_classes=6)
         start = start_model(config(annotations, architecture="fcos_resnet50_fpn", **kind))
-        made = start.build(6)
+        made = start.build(read_truth(annotations))
     finally:
         torch.hub.set_dir(str(Path(torch.hub._get_torch_home()) / "hub"))
     assert learning(made) == learning(wanted)
@@ -107,7 +109,9 @@ def learning(model: torch.nn.Module) -> dict[str, bool]:
 
 def test_from_nothing_every_layer_learns_and_norms_are_batch_norms(annotations: str) -> None:
     for architecture in (SMALL, "fcos_resnet50_fpn"):
-        made = start_model(config(annotations, architecture=architecture, trainable_backbone_layers=1)).build(6)
+        made = start_model(config(annotations, architecture=architecture, trainable_backbone_layers=1)).build(
+            read_truth(annotations)
+        )
         assert all(learning(made).values())
         assert not any(isinstance(module, FrozenBatchNorm2d) for module in made.modules())
 
@@ -116,7 +120,9 @@ def test_stages_of_the_small_backbone_are_frozen_from_the_first(annotations: str
     weights = small_weights(annotations, tmp_path)
     frozen = []
     for layers in range(7):
-        made = start_model(config(annotations, weights=weights, trainable_backbone_layers=layers)).build(6)
+        made = start_model(config(annotations, weights=weights, trainable_backbone_layers=layers)).build(
+            read_truth(annotations)
+        )
         parts = {name.split(".")[2] for name, learns in learning(made).items() if "body" in name and not learns}
         frozen.append(len(parts))
         assert parts == {str(part) for part in range(len(parts))}
@@ -167,7 +173,7 @@ def test_a_training_that_was_killed_goes_on_and_comes_to_the_same_weights(
 ) -> None:
     settings = {"save_every_steps": 2, "epochs": 3, "scale_jitter": (0.8, 1.2), "optimizer": "adamw"}
     undisturbed = load_weights(train(config(annotations, tmp_path / "whole", **settings)).weights)
-    step, taken = fit._Fitting._step, []
+    step, taken = steps.Fitting._step, []
 
     def die_after_three(self: Any, batch: Any) -> Any:
         if len(taken) == 3:
@@ -175,7 +181,7 @@ def test_a_training_that_was_killed_goes_on_and_comes_to_the_same_weights(
         taken.append(1)
         return step(self, batch)
 
-    monkeypatch.setattr(fit._Fitting, "_step", die_after_three)
+    monkeypatch.setattr(steps.Fitting, "_step", die_after_three)
     with pytest.raises(KeyboardInterrupt):
         train(config(annotations, tmp_path / "killed", **settings))
     assert [path.name for path in (tmp_path / "killed").glob("*.pt")] == ["state-000000002.pt"]
@@ -211,18 +217,49 @@ def test_starting_from_weights_keeps_their_labels_or_makes_a_new_classification_
     weights = small_weights(annotations, tmp_path)
     truth = read_truth(annotations)
     kept = start_model(config(annotations, weights=weights))
-    some = replace(truth, categories=("star", "circle"))
+    some = replace(truth, categories=("star", "circle"), examples=())
     assert kept.labelled(some).categories == CATEGORIES
     assert kept.labelled(replace(truth, categories=("star", "moon"))).categories == ("star", "moon")
-    made = kept.build(6).state_dict()
+    made = kept.build(kept.labelled(truth)).state_dict()
     before = load_weights(weights).state
     assert all(np.array_equal(made[key], value) for key, value in before.items())
     wider = start_model(config(annotations, weights=weights, num_classes=9))
     assert wider.labelled(some).categories == ("star", "circle")
     assert wider.label_names(truth)[-4:] == ("cross", "N/A", "N/A", "N/A")
-    made = wider.build(9).state_dict()
+    made = wider.build(truth).state_dict()
     new = {key for key, value in before.items() if not np.array_equal(made[key], value)}
-    assert new == {f"head.classification_head.cls_logits.{part}" for part in ("weight", "bias")}
+    assert new == LABEL_LAYER
+
+
+LABEL_LAYER = {f"head.classification_head.cls_logits.{part}" for part in ("weight", "bias")}
+
+
+def test_labels_that_the_weights_lack_get_a_new_layer_also_when_their_number_agrees(
+    annotations: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = small_weights(annotations, tmp_path)
+    truth = replace(read_truth(annotations), categories=("star", "circle", "moon", "sun", "cross"))
+    start = start_model(config(annotations, weights=weights))
+    caplog.clear()
+    made = start.build(start.labelled(truth)).state_dict()
+    before = load_weights(weights).state
+    assert {key for key, value in before.items() if not np.array_equal(made[key], value)} == LABEL_LAYER
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the classification layer is made anew, since they lack moon, sun" in caplog.text
+
+
+def test_under_autocast_anchors_are_those_of_fp32(annotations: str) -> None:
+    settings = {"min_size": 32, "max_size": 1333}
+    model: Any = start_model(config(annotations, **settings)).build(read_truth(annotations)).train()
+    seen: list[torch.Tensor] = []
+    model.anchor_generator.register_forward_hook(lambda _module, _inputs, anchors: seen.append(anchors[0]))
+    target = {"boxes": torch.tensor([[3.0, 3, 20, 20]]), "labels": torch.tensor([1])}
+    images = [torch.rand(3, 32, 1333), torch.rand(3, 32, 1333)]
+    for is_bf16 in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            model(images, [target, target])
+    assert seen[0].dtype == seen[1].dtype == torch.float32
+    assert torch.equal(seen[0], seen[1])
 
 
 @pytest.mark.parametrize(
@@ -237,7 +274,11 @@ def test_starting_from_weights_keeps_their_labels_or_makes_a_new_classification_
         ({"weights": "random:1", "weights_backbone": "IMAGENET1K_V1"}, "exclude each other"),
         ({"weights": "random:1"}, "are for fcos_resnet50_fpn, architecture is fcos_mobilenet_v3_small_fpn"),
         ({"scale_jitter": (1.2, 0.8)}, "scale_jitter wants the smaller factor first"),
-        ({"learning_rate": 1e30}, "the loss is .*try a lower learning_rate"),
+        ({"learning_rate": 1e30}, "the loss is .*try a lower learning_rate .* and another --output"),
+        ({"image_std": (0.2, 0.0, 0.2)}, "image_std must be above 0, got"),
+        ({"image_mean": (0.2, float("nan"), 0.2)}, "image_mean must be three numbers"),
+        ({"seed": 2**31 + 1}, "seed should be less than or equal to 2147483648"),
+        ({"images": ""}, "images should have at least 1 character"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(
@@ -248,6 +289,7 @@ def test_settings_that_cannot_be_are_refused(
         return
     with pytest.raises(ConfigError, match=message):
         train(config(annotations, tmp_path / "out", **settings))
+    assert not (tmp_path / "out").exists() or "learning_rate" in settings  # what is refused claims nothing
 
 
 def test_a_backbone_that_is_not_there_says_where_to_put_it(
@@ -256,7 +298,16 @@ def test_a_backbone_that_is_not_there_says_where_to_put_it(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(WeightsError, match=r"Put https://.*mobilenet_v3_small-.*\.pth into .*checkpoints"):
-        start_model(config(annotations, weights_backbone="IMAGENET1K_V1")).build(6)
+        start_model(config(annotations, weights_backbone="IMAGENET1K_V1")).build(read_truth(annotations))
+
+
+def test_a_damaged_backbone_file_is_named(annotations: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    kept = tmp_path / "hub" / "checkpoints" / "mobilenet_v3_small-047dcff4.pth"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"PK" + bytes(200))
+    with pytest.raises(WeightsError, match=r"cannot be downloaded to torch.hub's cache or loaded from it"):
+        start_model(config(annotations, weights_backbone="IMAGENET1K_V1")).build(read_truth(annotations))
 
 
 def test_eight_images_are_learnt_by_heart(annotations: str, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import PIL.Image
 import pytest
 import torch
 
-from fcos_ray.training.dataset import Batch, Batches, Example
+from fcos_ray.training.dataset import Batch, Batches
+from fcos_ray.training.truth import Example
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fcos_ray.errors import ManifestError
-from fcos_ray.training.dataset import read_truth
+from fcos_ray.errors import EvaluationError
+from fcos_ray.training.truth import read_truth
 
 CATEGORIES = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}]
 IMAGES = [
@@ -108,31 +108,59 @@ def test_ids_that_are_quoted_on_one_side_fit(coco: Callable[..., str]) -> None:
 @pytest.mark.parametrize(
     ("replaced", "message"),
     [
-        ({"images": None}, r"lacks \['images'\]"),
-        ({"images": [*IMAGES, IMAGES[0]]}, "1 image ids stand there twice"),
-        ({"images": [{"id": 1, "width": 100, "height": 80}]}, "wanted 'file_name' in"),
-        ({"images": [{"id": 1, "file_name": "a.jpg"}]}, "wanted 'width' in"),
+        ({"images": None}, "must be COCO's object with the lists images, annotations, categories"),
+        ({"images": [*IMAGES, IMAGES[0]]}, r"images\[2\]: a second image has the id 1"),
+        ({"images": [{"id": 1, "width": 100, "height": 80}]}, "image 1: file_name must be a string, got none"),
+        (
+            {"images": [{"id": 1, "file_name": 12, "width": 100, "height": 80}]},
+            r"images\[0\]: file_name must be a string",
+        ),
+        ({"images": [{"id": 1, "file_name": "a.jpg"}]}, "image 1: width and height must be numbers of pixels from 1"),
+        ({"images": [{**IMAGES[0], "height": 0}]}, "image 1: width and height .* from 1, got 100×none"),
+        ({"images": [{**IMAGES[0], "height": None}]}, "image 1: width and height .* from 1, got 100×none"),
+        ({"images": [{**IMAGES[0], "width": "640"}]}, r"images\[0\]: width must be a number of pixels, got '640'"),
         (
             {"categories": [{"id": 3, "name": "cat"}, {"id": 4, "name": "cat"}]},
-            "two categories have the same id or name",
+            r"categories\[1\]: a second category has the id 4 or the name 'cat'",
         ),
         (
             {"categories": [{"id": 3, "name": "cat"}, {"id": 3, "name": "cow"}]},
-            "two categories have the same id or name",
+            r"categories\[1\]: a second category has the id 3",
         ),
-        ({"categories": [{"id": 3}]}, "wanted 'name' in"),
+        ({"categories": [{"id": 3}]}, r"categories\[0\]: name must be a string"),
+        ({"annotations": [1]}, r"annotations\[0\] must be an object, got 1"),
         ({"annotations": []}, "holds no box to learn from"),
     ],
 )
 def test_a_wrong_file_says_what_was_wanted(coco: Callable[..., str], replaced: dict[str, Any], message: str) -> None:
-    with pytest.raises(ManifestError, match=message):
+    with pytest.raises(EvaluationError, match=message):
         read_truth(coco(thing(), **replaced))
 
 
 def test_files_that_are_no_truth_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "cut.json").write_text('{"images": [')
-    for name, message in {"list.json": "lacks", "cut.json": "are not JSON", "none.json": "cannot be read"}.items():
-        with pytest.raises(ManifestError, match=message) as error:
+    files = {
+        "list.json": "found a list",
+        "cut.json": "this is not JSON",
+        "none.json": "there is no such file",
+        "list.json/below.json": "cannot be read: NotADirectoryError",
+        "n" * 300: "cannot be read: OSError",
+        "a\nb.json": "cannot be read: InvalidUri",
+    }
+    for name, message in files.items():
+        with pytest.raises(EvaluationError, match=message) as error:
             read_truth(str(tmp_path / name))
         assert name in str(error.value)
+
+
+def test_images_that_resizing_would_make_vanish_are_counted_with_nothing_of_them_learnt(
+    coco: Callable[..., str],
+) -> None:
+    thin = {"id": 3, "file_name": "thin.jpg", "width": 400, "height": 1}
+    path = coco(thing(), thing(image=3, bbox=[0, 0, 90, 1]), images=[*IMAGES, thin])
+    truth = read_truth(path, smallest_input={"min_size": 64, "max_size": 96})
+    assert (truth.counts.too_thin, truth.counts.images, truth.counts.objects) == (1, 2, 1)
+    assert not any(example.uri.endswith("thin.jpg") for example in truth.examples)
+    wide_enough = read_truth(path, smallest_input={"min_size": 64, "max_size": 400})
+    assert (wide_enough.counts.too_thin, wide_enough.counts.images) == (0, 3)
