@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(asdict(summary), indent=2))
+    print(json.dumps(asdict(summary)))
     return 0
 
 
