@@ -30,7 +30,7 @@ from fcos_ray.inputs.manifests import Source, find_sources
 from fcos_ray.inputs.pin import PinnedFile, pin
 from fcos_ray.inputs.plan import Draft, PlanSettings, draft_plan
 from fcos_ray.layout import Cluster, Layout, plan_layout
-from fcos_ray.model.architectures import Weights
+from fcos_ray.model.architectures import INPUT_SETTINGS, Weights
 from fcos_ray.model.detector import Detector
 from fcos_ray.model.weights import load_weights
 from fcos_ray.outputs import runs
@@ -138,8 +138,7 @@ class _Job:
             config.weights, num_classes=config.num_classes, categories=_categories(config.categories)
         )
         # What the weights decide where no setting does: it is recorded as if it had been set.
-        names = ("min_size", "max_size", "image_mean", "image_std")
-        asked = {name: getattr(config, name) for name in names}
+        asked = {name: getattr(config, name) for name in INPUT_SETTINGS}
         self._input = self._weights.input_settings(**asked)
         self.config = config.model_copy(update=self._input)
 

@@ -23,6 +23,7 @@ from fcos_ray.errors import ConfigError
 
 NormLayer = Callable[..., nn.Module]
 
+INPUT_SETTINGS: Final = ("min_size", "max_size", "image_mean", "image_std")  # of an image on its way into the model
 IMAGE_MEAN: Final = (0.485, 0.456, 0.406)  # of ImageNet, as torchvision's models take it: values in 0–1
 IMAGE_STD: Final = (0.229, 0.224, 0.225)
 
@@ -51,6 +52,18 @@ class Architecture:
         backbone = self.backbone(partial(norm_layer, eps=self.norm_eps), weights_backbone, progress)
         model: nn.Module = FCOS(backbone, num_classes, **settings)
         return model
+
+    def input_settings(self, trained: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+        """INPUT_SETTINGS as asked (None: not), else as trained, else the architecture's own.
+
+        Raises ConfigError when max_size is below min_size.
+        """
+        own = (self.min_size, self.max_size, IMAGE_MEAN, IMAGE_STD)
+        given = {name: value for name, value in asked.items() if value is not None}
+        found = {**dict(zip(INPUT_SETTINGS, own, strict=True)), **trained, **given}
+        if found["max_size"] < found["min_size"]:
+            raise ConfigError(f"max_size must be at least min_size ({found['min_size']}), got {found['max_size']}")
+        return found | {name: tuple(found[name]) for name in ("image_mean", "image_std")}  # lists, out of JSON
 
 
 def _resnet50(norm_layer: NormLayer, weights: WeightsEnum | None, progress: bool) -> nn.Module:
@@ -154,25 +167,8 @@ class Weights:
         return len(self.categories)
 
     def input_settings(self, **asked: Any) -> dict[str, Any]:
-        """min_size, max_size, image_mean and image_std: as asked (None: not), as trained, or as the architecture has them.
-
-        Raises ConfigError when max_size is below min_size.
-        """
-        architecture = ARCHITECTURES[self.architecture]
-        defaults = {
-            "min_size": architecture.min_size,
-            "max_size": architecture.max_size,
-            "image_mean": IMAGE_MEAN,
-            "image_std": IMAGE_STD,
-        }
-        found = {
-            **defaults,
-            **self.trained_input,
-            **{name: value for name, value in asked.items() if value is not None},
-        }
-        if found["max_size"] < found["min_size"]:
-            raise ConfigError(f"max_size must be at least min_size ({found['min_size']}), got {found['max_size']}")
-        return found | {name: tuple(found[name]) for name in ("image_mean", "image_std")}  # lists, out of JSON
+        """INPUT_SETTINGS as asked (None: not), as trained, or as the architecture has them. Raises ConfigError."""
+        return ARCHITECTURES[self.architecture].input_settings(self.trained_input, asked)
 
 
 def build_model(

@@ -20,7 +20,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from fcos_ray import storage
 from fcos_ray.errors import ConfigError, WeightsError
-from fcos_ray.model.architectures import ARCHITECTURES, Architecture, Weights, train_layers
+from fcos_ray.model.architectures import ARCHITECTURES, INPUT_SETTINGS, Architecture, Weights, train_layers
 from fcos_ray.model.weights import BACKGROUND, load_weights
 from fcos_ray.training.config import TrainConfig
 from fcos_ray.training.truth import Truth
@@ -141,9 +141,8 @@ def start_model(config: TrainConfig) -> Start:
         raise ConfigError(
             f"weights {weights.name} are for {weights.architecture}, architecture is {config.architecture}"
         )
-    known = weights or Weights("", config.architecture, "", (), {})
-    names = ("min_size", "max_size", "image_mean", "image_std")
-    sizes = known.input_settings(**{name: getattr(config, name) for name in names})
+    asked = {name: getattr(config, name) for name in INPUT_SETTINGS}
+    sizes = architecture.input_settings(weights.trained_input if weights else {}, asked)
     return Start(config, architecture, weights, _backbone(config.weights_backbone, architecture), sizes)
 
 
