@@ -139,7 +139,8 @@ def start_model(config: TrainConfig) -> Start:
     weights = load_weights(config.weights) if config.weights is not None else None
     if weights is not None and weights.architecture != config.architecture:
         raise ConfigError(
-            f"weights {weights.name} are for {weights.architecture}, architecture is {config.architecture}"
+            f"weights {weights.name} are for {weights.architecture}, architecture is {config.architecture}; "
+            f"give --architecture {weights.architecture}"
         )
     asked = {name: getattr(config, name) for name in INPUT_SETTINGS}
     sizes = architecture.input_settings(weights.trained_input if weights else {}, asked)
