@@ -131,7 +131,12 @@ class JobConfig(Settings):
     round_wait_seconds: CliSuppress[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         15.0, description="Wait before the first execution over missing shards; doubles up to 8 times this"
     )
-    stall_seconds: CliSuppress[Seconds] = Field(900.0, description="No progress for so long ends an execution")
+    stall_seconds: CliSuppress[Seconds] = Field(
+        900.0, description="When nothing moves for so long, what is missing is begun again"
+    )
+    grace_seconds: CliSuppress[Seconds] = Field(
+        25.0, description="After SIGTERM or Ctrl-C whole shards are committed; then, or after so long, the process ends"
+    )
     max_error_fraction: Fraction | None = Field(None, description="Exit with 3 when more of the rows are errors")
     dry_run: bool = Field(False, description="Plan, print what would be done, and end")
 

@@ -11,6 +11,7 @@ FcosRayError
 │   ├── FetchError
 │   ├── DecodeError
 │   └── DetectError
+├── StageStalled           nothing moved through the stages; another execution may do better
 ├── WorkerError            a process on some node could not do its work; nothing is known to be wrong with the request
 ├── StorageError           a store did not do what was asked, after retries; the request itself is not known to be wrong
 └── RunStopped             rows are missing, the same command goes on (exit 4)
@@ -106,6 +107,10 @@ class DetectError(ImageError):
 
 class StorageError(FcosRayError):
     """A store failed after retries. Nothing was lost: what was to be written is not known to exist."""
+
+
+class StageStalled(FcosRayError):
+    """Nothing moved through the stages for too long. The message says who had which images."""
 
 
 class WorkerError(FcosRayError):

@@ -6,35 +6,35 @@ same process, as long as it makes progress. What is missing is asked of the outp
 
 from __future__ import annotations
 
+import errno
 import logging
-import os
 import re
-import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Final
 
 import ray
 import ray.data
-from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError, RayTaskError
 
-from fcos_ray.errors import RunStopped, StorageError, UserError, WorkerError
+from fcos_ray import storage
+from fcos_ray.errors import RunStopped, StageStalled, StorageError, UserError, WorkerError
 from fcos_ray.inputs.pin import PinnedFile, read_shard
-from fcos_ray.layout import Cluster, Layout
+from fcos_ray.layout import Layout
 from fcos_ray.outputs.commit import ShardTarget, commit_shard, list_committed
 from fcos_ray.outputs.gather import Gather, WholeShard
-from fcos_ray.pipeline import LoadSettings, MakeDetector, result_rows
+from fcos_ray.pipeline import LoadSettings, MakeDetector, Stages, result_rows
 from fcos_ray.progress import RunProgress
 
 logger = logging.getLogger("fcos_ray")
 _COMMITS_IN_FLIGHT: Final = 8
 # Ray Data's loggers that tell of every execution that it ended, and that our setting of no progress bars was followed.
 _CHATTY: Final = ("ray.data._internal.execution.streaming_executor", "ray.data._internal.progress")
+# A disk that waiting does not mend: the run stops at once instead of labelling what cannot be kept.
+_DISK_ERRNO: Final = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _ANSI: Final = re.compile(r"\x1b\[[0-9;]*m")  # Ray colours its messages; what happened stands at their end
 
 
@@ -59,6 +59,7 @@ class ExecutionSettings:
     max_rounds: int
     round_wait_seconds: float
     stall_seconds: float
+    grace_seconds: float
 
 
 @dataclass(slots=True)
@@ -78,36 +79,6 @@ class ExecutionStats:
         return self.rows_after_first_commit / (self.last_commit - self.first_commit)
 
 
-@contextmanager
-def ray_session() -> Iterator[Cluster]:
-    """A connection to Ray: the running one, else the cluster of RAY_ADDRESS, else a local Ray, ended after."""
-    ours = not ray.is_initialized()
-    if ours:
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-        if "RAY_ADDRESS" in os.environ:
-            ray.init(**options)
-        else:
-            # it would advise to turn token authentication off
-            logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-            ray.init(address="local", include_dashboard=False, **options)
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():  # ray.init replaces them
-                signal.signal(number, handler)
-    try:
-        yield describe_cluster()
-    finally:
-        if ours:
-            ray.shutdown()
-
-
-def describe_cluster() -> Cluster:
-    """The CPUs and GPUs that Ray has now."""
-    total = ray.cluster_resources()
-    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    return Cluster(total.get("CPU", 0.0), total.get("GPU", 0.0), max(nodes, default=0.0))
-
-
 class Execution:
     """Labels the missing shards of one run."""
 
@@ -116,15 +87,13 @@ class Execution:
         run: PinnedRun,
         *,
         layout: Layout,
-        load_settings: LoadSettings,
+        load: LoadSettings,
         make_detector: MakeDetector,
         settings: ExecutionSettings,
     ) -> None:
         self._run = run
         self._shard_rows = run.shard_rows
-        self._layout = layout
-        self._load_settings = load_settings
-        self._make_detector = make_detector
+        self._stages = Stages(run.folder, run.files, load, make_detector, layout)
         self._settings = settings
         self._commits: dict[ray.ObjectRef[bool], WholeShard] = {}
         self._progress: RunProgress | None = None
@@ -174,22 +143,21 @@ class Execution:
         set_aside: Counter[str] = Counter()
         trouble = ""
         try:
-            for rows in result_rows(
-                missing,
-                pinned_folder=self._run.folder,
-                files=self._run.files,
-                load_settings=self._load_settings,
-                make_detector=self._make_detector,
-                layout=self._layout,
-            ):
-                for whole in gather.add(rows):
-                    if whole.transient_fraction > self._settings.max_transient_fraction:
-                        set_aside += whole.errors_by_code
-                    else:
-                        self._submit(whole, files)
-                trouble = self._reap(leave=_COMMITS_IN_FLIGHT) or trouble
-        except (RayError, ExecutionTimeoutError) as error:
+            with closing(result_rows(missing, self._stages)) as results:
+                for rows in results:
+                    for whole in gather.add(rows):
+                        if whole.transient_fraction > self._settings.max_transient_fraction:
+                            set_aside += whole.errors_by_code
+                        else:
+                            self._submit(whole, files)
+                    trouble = self._reap(leave=_COMMITS_IN_FLIGHT) or trouble
+        except RayError as error:
             trouble = _restartable(error)
+        except StageStalled as error:
+            trouble = f"--stall-seconds {self._settings.stall_seconds:g}: {error}"
+        except KeyboardInterrupt:
+            self._commit_what_is_whole()
+            raise
         trouble = self._reap(leave=0) or trouble
         if set_aside:
             codes = ", ".join(f"{count:,} {code}" for code, count in set_aside.most_common())
@@ -204,15 +172,27 @@ class Execution:
         reference = _commit.remote(self._run.target, whole.shard, self._run.folder, files, whole.rows)
         self._commits[reference] = WholeShard(whole.shard, whole.rows.select(["error_code"]))  # for counting
 
-    def _reap(self, *, leave: int) -> str:
+    def _commit_what_is_whole(self) -> None:
+        """After an interruption: whole shards are on their way; wait for them, and start nothing new."""
+        before = len(self._commits)
+        if before:
+            logger.warning("interrupted: committing %d whole shards", before)
+            self._reap(leave=0, patience_seconds=self._settings.grace_seconds)
+            logger.warning("interrupted: %d of them are committed", before - len(self._commits))
+
+    def _reap(self, *, leave: int, patience_seconds: float | None = None) -> str:
         """Collect finished commits, waiting until at most `leave` are under way. Says what went wrong, if anything."""
         trouble = ""
         while self._commits:
-            surplus = len(self._commits) > leave
-            seconds = self._settings.stall_seconds if surplus else 0
+            patience = self._settings.stall_seconds if patience_seconds is None else patience_seconds
+            seconds = patience if len(self._commits) > leave else 0
             finished, _ = ray.wait(list(self._commits), num_returns=1, timeout=seconds)
-            if not finished and surplus:
-                raise RunStopped(f"no commit has ended for {seconds:.0f} s. Nothing is lost; the same command goes on")
+            if not finished and seconds and patience_seconds is None:
+                shards = ", ".join(str(whole.shard) for whole in list(self._commits.values())[:5])
+                raise RunStopped(
+                    f"no commit has ended for {seconds:.0f} s (--stall-seconds), under way are those of shards {shards}. "
+                    "Nothing is lost; the same command goes on"
+                )
             if not finished:
                 break
             whole = self._commits.pop(finished[0])
@@ -246,7 +226,11 @@ def _restartable(error: BaseException) -> str:
         cause = cause.cause
     if isinstance(cause, UserError):
         raise cause from error
-    # An OSError is a node's or a store's trouble: no memory for a child, a disk that is full, a right that was taken away.
+    if isinstance(cause, OSError) and cause.errno in _DISK_ERRNO:
+        raise RunStopped(
+            f"{storage.describe(cause)}: {storage.remedy(cause)}. Nothing is lost; then the same command goes on"
+        ) from error
+    # An OSError is a node's or a store's trouble: no memory for a child, a right that was taken away for a while.
     if isinstance(error, RayTaskError) and not isinstance(cause, (StorageError, WorkerError, OSError, RayError)):
         raise error  # a bug: the same rows would raise it again
     words = " ".join(_ANSI.sub("", str(cause)).split())

@@ -24,7 +24,7 @@ import fcos_ray
 from fcos_ray import storage
 from fcos_ray.config import JobConfig
 from fcos_ray.errors import ConfigError, ManifestError, OutputError, StorageError
-from fcos_ray.execution import Execution, ExecutionSettings, ExecutionStats, PinnedRun, ray_session
+from fcos_ray.execution import Execution, ExecutionSettings, ExecutionStats, PinnedRun
 from fcos_ray.inputs.fetch import FetchPolicy
 from fcos_ray.inputs.manifests import Source, find_sources
 from fcos_ray.inputs.pin import PinnedFile, pin
@@ -37,6 +37,7 @@ from fcos_ray.outputs import runs
 from fcos_ray.outputs.commit import ShardCounts, ShardTarget, audit
 from fcos_ray.outputs.schema import RESERVED_COLUMNS
 from fcos_ray.pipeline import ImageDetector, LoadSettings, MakeDetector
+from fcos_ray.session import ray_session
 
 logger = logging.getLogger("fcos_ray")
 
@@ -77,10 +78,10 @@ def run(config: JobConfig, *, make_detector: MakeDetector | None = None) -> RunS
         return _run(config, make_detector)
     except storage.STORE_ERRORS as error:  # of the driver's own listing, reading and creating
         if storage.is_transient(error):
-            raise StorageError(storage.describe(error)) from error
+            raise StorageError(f"{storage.describe(error)}: {storage.remedy(error)}") from error
         raise OutputError(
-            f"{storage.describe(error)}. Wanted to read the manifest and to list, read and create under {config.output}; "
-            "check the uris, the credentials and their rights"
+            f"{storage.describe(error)}: {storage.remedy(error)}. Wanted to read the manifest, and to list, read and create "
+            f"under {config.output}"
         ) from error
 
 
@@ -101,7 +102,10 @@ def _run(config: JobConfig, make_detector: MakeDetector | None) -> RunSummary:
                 logger.info("run %s is open: going on with its pinned plan", run_id)
                 if config.dry_run:
                     return job.planned(run_id, rows=record["num_rows"], shards=record["num_shards"], started=started)
+                storage.probe_create_if_absent(job.output)
             case runs.New(run_id):
+                if not config.dry_run:  # before the plan, which may take long
+                    storage.probe_create_if_absent(job.output)
                 with draft_plan(job.sources, job.plan_settings) as draft:
                     if config.dry_run:
                         return job.planned(run_id, rows=draft.num_rows, shards=draft.num_shards, started=started)
@@ -170,7 +174,6 @@ class _Job:
 
         None when another run came while this one was planned: what to do has to be asked again.
         """
-        storage.probe_create_if_absent(self.output)
         attempt = f"manifest-{uuid.uuid4().hex[:12]}"
         files = pin(draft, storage.join(runs.run_folder(self.output, run_id), attempt))
         if find_sources(self.config.manifest) != self.sources:
@@ -208,16 +211,19 @@ class _Job:
         with ray_session() as cluster:
             layout = self._layout(cluster, record["num_rows"])
             logger.info("%s", layout.describe())
+            if cluster.num_nodes > 1 and storage.parse_uri(self.output).scheme == "file":
+                logger.warning("the cluster has %d nodes: %s must be one shared disk", cluster.num_nodes, self.output)
             execution = Execution(
                 pinned,
                 layout=layout,
-                load_settings=self._load_settings(record["settings"]),
+                load=self._load_settings(record["settings"]),
                 make_detector=self._make_detector or self._fcos(layout),
                 settings=ExecutionSettings(
                     max_transient_fraction=self.config.max_transient_fraction,
                     max_rounds=self.config.max_rounds,
                     round_wait_seconds=self.config.round_wait_seconds,
                     stall_seconds=self.config.stall_seconds,
+                    grace_seconds=self.config.grace_seconds,
                 ),
             )
             stats = execution.label()

@@ -26,6 +26,7 @@ class Cluster:
     num_cpus: float
     num_gpus: float
     largest_node_cpus: float
+    num_nodes: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,33 +11,34 @@ import functools
 import importlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import numpy as np
 import pyarrow as pa
-import ray
 import ray.data
 from numpy.typing import NDArray
-from ray.actor import ActorHandle
 from ray.data._internal.logical.interfaces import LogicalPlan
 from ray.data._internal.logical.operators import StreamingRepartition
-from ray.exceptions import RayError
+from ray.data.exceptions import ExecutionTimeoutError
 
-from fcos_ray.errors import DetectError, FetchError, ImageError
+from fcos_ray import storage
+from fcos_ray.errors import DetectError, FetchError, ImageError, StageStalled, StorageError
 from fcos_ray.inputs.fetch import FetchPolicy, fetch_many
 from fcos_ray.inputs.guard import GuardedDecoder
 from fcos_ray.inputs.pin import PinnedFile, read_shard
 from fcos_ray.inputs.plan import REFUSED
 from fcos_ray.layout import READ_CPUS, Layout
 from fcos_ray.outputs.schema import LOADED_SCHEMA, RESULT_SCHEMA
+from fcos_ray.roll import AtWork, Roll
 from fcos_ray.types import Content, Detections, Image
 
 # Pixels per table that load hands on. Ray cuts and merges blocks at 128 MiB; half of it keeps two in hand cheap.
 _LOADED_BYTES: Final = 64 * 2**20
 _READ_TASKS: Final = 1000  # at most; each reads its shards one after the other
+_NAMED_WORKERS: Final = 3  # and images of each, in what is said of a stall
 
 
 class ImageDetector(Protocol):
@@ -63,59 +64,48 @@ class LoadSettings:
     min_size: int
     max_size: int
     exact_resize: bool
+    decoder: str = "fcos_ray.inputs.decode:decode"  # module:function
 
 
-def result_rows(
-    shards: Sequence[int],
-    *,
-    pinned_folder: str,
-    files: Sequence[PinnedFile],
-    load_settings: LoadSettings,
-    make_detector: MakeDetector,
-    layout: Layout,
-) -> Iterator[pa.Table]:
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """What the stages are made of."""
+
+    pinned_folder: str
+    files: tuple[PinnedFile, ...]
+    load: LoadSettings
+    make_detector: MakeDetector
+    layout: Layout
+
+
+def result_rows(shards: Sequence[int], stages: Stages) -> Generator[pa.Table, None, None]:
     """Tables of RESULT_SCHEMA rows, in any order, as they are done; a row may come twice when Ray regenerates a block.
 
-    Raises what Ray raises when an execution ends early.
+    Raises StageStalled when nothing moves for as long as Ray Data was told to wait, with who has which images; else
+    what Ray raises when an execution ends early.
     """
-    roll: Any = ray.remote(_Roll).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
-    dataset = build(
-        shards,
-        pinned_folder=pinned_folder,
-        files=files,
-        load_settings=load_settings,
-        make_detector=make_detector,
-        layout=layout,
-        roll=roll,
-    )
+    roll = Roll()
     try:
-        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+        yield from build(shards, stages, roll=roll).iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=2
+        )
+    except ExecutionTimeoutError as error:
+        hung = roll.at_work()
+        roll.end_workers(hung)
+        raise StageStalled(_describe_stall(hung, stages)) from error
     finally:
-        # Ray Data leaves its actors to the garbage collector, and whoever holds a failed execution's traceback (a log
-        # handler does) holds them and their CPUs and GPUs: the next execution would wait for them for ever (Ray 2.60).
-        with suppress(RayError):
-            for detector in ray.get(roll.called.remote(), timeout=30):
-                ray.kill(detector)
-        ray.kill(roll)
+        roll.close()
 
 
-def build(
-    shards: Sequence[int],
-    *,
-    pinned_folder: str,
-    files: Sequence[PinnedFile],
-    load_settings: LoadSettings,
-    make_detector: MakeDetector,
-    layout: Layout,
-    roll: ActorHandle[Any] | None = None,
-) -> ray.data.Dataset:
-    """The dataset of result rows: read, load and detect as stages of their own. `roll`: where detectors sign on."""
+def build(shards: Sequence[int], stages: Stages, *, roll: Roll | None = None) -> ray.data.Dataset:
+    """The dataset of result rows: read, load and detect as stages of their own. `roll`: where workers sign on."""
+    layout = stages.layout
     per_task = -(-len(shards) // _READ_TASKS)
     numbers = [
         pa.table({"shard": pa.array(shards[i : i + per_task], pa.int32())}) for i in range(0, len(shards), per_task)
     ]
-    read = functools.partial(_read, pinned_folder=pinned_folder, files=tuple(files))
-    load = functools.partial(_load, settings=load_settings)
+    read = functools.partial(_read, pinned_folder=stages.pinned_folder, files=stages.files)
+    load = functools.partial(_load, settings=stages.load, roll=roll)
     readers = ray.data.TaskPoolStrategy(size=layout.num_read_tasks)
     read_rows = ray.data.from_arrow(numbers).map_batches(
         read, batch_format="pyarrow", num_cpus=READ_CPUS, compute=readers
@@ -132,11 +122,30 @@ def build(
         _Detect,
         batch_size=None,
         batch_format="pyarrow",
-        fn_constructor_kwargs={"make_detector": make_detector, "roll": roll},
+        fn_constructor_kwargs={"make_detector": stages.make_detector, "roll": roll},
         num_cpus=layout.detector_cpus,
         num_gpus=layout.detector_gpus,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=layout.num_detectors),
     )
+
+
+def _describe_stall(hung: Sequence[AtWork], stages: Stages) -> str:
+    """Who has which images, the longest first."""
+    if not hung:
+        return "nothing moved, and no load task or detector is at work: the cluster has no room for them"
+    named = []
+    for work in hung[:_NAMED_WORKERS]:
+        images = ", ".join(_uri(stages, *row) for row in work.rows[:_NAMED_WORKERS])
+        more = f" and {len(work.rows) - _NAMED_WORKERS} more" if len(work.rows) > _NAMED_WORKERS else ""
+        named.append(f"{work.stage} on {work.address} (pid {work.pid}) for {work.seconds:.0f} s: {images}{more}")
+    others = f"; and {len(hung) - _NAMED_WORKERS} other workers" if len(hung) > _NAMED_WORKERS else ""
+    return f"nothing moved; at work are {'; '.join(named)}{others}"
+
+
+def _uri(stages: Stages, shard: int, row: int) -> str:
+    with suppress(*storage.STORE_ERRORS, StorageError):
+        return str(read_shard(stages.pinned_folder, stages.files, shard)["uri"][row].as_py())
+    return f"row {row} of shard {shard}"
 
 
 def _cut(dataset: ray.data.Dataset, num_rows: int, readers: ray.data.TaskPoolStrategy) -> ray.data.Dataset:
@@ -167,18 +176,25 @@ def _read(numbers: pa.Table, *, pinned_folder: str, files: Sequence[PinnedFile])
         )
 
 
-def _load(rows: pa.Table, *, settings: LoadSettings) -> Iterator[pa.Table]:
+def _load(rows: pa.Table, *, settings: LoadSettings, roll: Roll | None = None) -> Iterator[pa.Table]:
     """Rows of (shard, row, uri, refused) -> tables of LOADED_SCHEMA, about _LOADED_BYTES of pixels each."""
     waiting: list[dict[str, Any]] = []
     waiting_bytes = 0
-    for row in _loaded_rows(rows.to_pylist(), settings):
-        waiting.append(row)
-        waiting_bytes += len(row.get("pixels") or b"")
-        if waiting_bytes > _LOADED_BYTES:
+    with _working(roll, "load", rows):
+        for row in _loaded_rows(rows.to_pylist(), settings):
+            waiting.append(row)
+            waiting_bytes += len(row.get("pixels") or b"")
+            if waiting_bytes > _LOADED_BYTES:
+                yield pa.Table.from_pylist(waiting, LOADED_SCHEMA)
+                waiting, waiting_bytes = [], 0
+        if waiting:
             yield pa.Table.from_pylist(waiting, LOADED_SCHEMA)
-            waiting, waiting_bytes = [], 0
-    if waiting:
-        yield pa.Table.from_pylist(waiting, LOADED_SCHEMA)
+
+
+def _working(roll: Roll | None, stage: str, rows: pa.Table) -> AbstractContextManager[None]:
+    if roll is None:
+        return nullcontext()
+    return roll.working(stage, list(zip(rows["shard"].to_pylist(), rows["row"].to_pylist(), strict=True)))
 
 
 def _loaded_rows(rows: Sequence[dict[str, Any]], settings: LoadSettings) -> Iterator[dict[str, Any]]:
@@ -241,6 +257,7 @@ def _decoder(settings: LoadSettings) -> GuardedDecoder:
         max_pixels=settings.max_pixels,
         deadline_seconds=settings.decode_deadline_seconds,
         memory_bytes=settings.decode_memory_bytes,
+        decoder=settings.decoder,
     )
 
 
@@ -262,29 +279,21 @@ def _described(content: Content) -> dict[str, Any]:
     }
 
 
-class _Roll:
-    """An actor that knows the detectors of one execution."""
-
-    def __init__(self) -> None:
-        self._detectors: list[ActorHandle[Any]] = []
-
-    def sign_on(self, detector: ActorHandle[Any]) -> None:
-        self._detectors.append(detector)
-
-    def called(self) -> list[ActorHandle[Any]]:
-        return self._detectors
-
-
 class _Detect:
     """The actor of the detect stage."""
 
-    def __init__(self, make_detector: MakeDetector, roll: ActorHandle[Any] | None) -> None:
+    def __init__(self, make_detector: MakeDetector, roll: Roll | None) -> None:
         if roll is not None:
-            ray.get(roll.sign_on.remote(ray.get_runtime_context().current_actor))
+            roll.add_detector()
+        self._roll = roll
         self._detector = make_detector()
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """LOADED_SCHEMA -> RESULT_SCHEMA."""
+        with _working(self._roll, "detect", rows):
+            return self._detected(rows)
+
+    def _detected(self, rows: pa.Table) -> pa.Table:
         has_pixels = rows["pixels"].is_valid().to_pylist()
         places = [i for i, there in enumerate(has_pixels) if there]
         images = [_image(rows, i) for i in places]

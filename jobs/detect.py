@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
+import threading
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -23,9 +26,10 @@ from fcos_ray.errors import RunStopped, StorageError, UserError
 def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("fcos_ray").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         config = load_config(arguments)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, partial(_interrupt, config.grace_seconds))
         from fcos_ray.job import run  # torch and Ray: 3 s that --help and a typo need not wait for
 
         summary = run(config)
@@ -49,8 +53,18 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
+def _interrupt(grace_seconds: float, _number: int, _frame: FrameType | None) -> None:
+    """Unwind, which commits what is whole; where that hangs, end all the same. A second signal does not wait."""
+    clock = threading.Timer(grace_seconds, _give_up)
+    clock.daemon = True
+    clock.start()
     raise KeyboardInterrupt
+
+
+def _give_up() -> None:
+    print("interrupted: --grace-seconds are over; what is committed stays; the same command goes on", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(130)
 
 
 if __name__ == "__main__":

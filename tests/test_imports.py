@@ -28,7 +28,7 @@ AT_HOME = {  # library: where it may be imported
         "inputs.pin",
         "outputs.runs",
     ),
-    "ray": ("pipeline", "execution", "job", "analysis.rows"),
+    "ray": ("pipeline", "roll", "execution", "session", "job", "analysis.rows"),
     "fsspec": ("storage", "inputs.fetch"),
     "pydantic": ("settings", "config", "training.config"),
     "faster_coco_eval": ("analysis.coco_metric",),

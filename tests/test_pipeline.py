@@ -17,7 +17,7 @@ from fcos_ray.inputs.pin import pin
 from fcos_ray.inputs.plan import PlanSettings, draft_plan
 from fcos_ray.layout import Cluster, Layout, plan_layout
 from fcos_ray.outputs.schema import RESULT_SCHEMA
-from fcos_ray.pipeline import LoadSettings, build
+from fcos_ray.pipeline import LoadSettings, Stages, build
 from fcos_ray.sample import write_sample
 from tests.corpus import PixelDetector
 from tests.ray_cluster import RayCluster
@@ -42,10 +42,7 @@ def built(corpus: Path, folder: Path, layout: Layout) -> Any:
         fetch=policy, max_pixels=10**8, decode_deadline_seconds=20, decode_memory_bytes=2**31,
         min_size=96, max_size=160, exact_resize=False,
     )  # fmt: skip
-    shards = list(range(4))
-    return build(
-        shards, pinned_folder=str(folder), files=files, load_settings=load, make_detector=PixelDetector, layout=layout
-    )
+    return build(list(range(4)), Stages(str(folder), files, load, PixelDetector, layout))
 
 
 def test_load_and_detect_are_stages_of_their_own(corpus: Path, tmp_path: Path, ray_session: Any) -> None:

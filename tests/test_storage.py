@@ -191,7 +191,9 @@ def test_a_denied_store_is_named_and_not_taken_for_empty(s3_bucket_of_owner: str
     ):
         with pytest.raises(PermissionError, match=s3_bucket_of_owner):
             call()
-    with pytest.raises(OutputError, match=rf"{s3_bucket_of_owner}.*allow reading, writing and listing"):
+    with pytest.raises(
+        OutputError, match=rf"{s3_bucket_of_owner}.*these credentials lack the right: allow s3:ListBucket"
+    ):
         storage.probe_create_if_absent(s3_bucket_of_owner)
 
 
@@ -201,8 +203,9 @@ def s3_bucket_of_owner(s3_bucket: str, as_stranger: None) -> str:
 
 
 def test_the_probe_passes_and_leaves_nothing(folder: str) -> None:
-    storage.probe_create_if_absent(folder)
+    storage.probe_create_if_absent(f"{folder}/a/b")
     assert list(storage.list_files(folder)) == []
+    assert storage.list_folders(folder) == []
 
 
 def test_the_probe_finds_a_store_that_ignores_the_condition(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +217,7 @@ def test_the_probe_finds_a_store_that_ignores_the_condition(s3_bucket: str, monk
 
 
 def test_the_probe_names_a_missing_bucket(s3_server: RgwServer) -> None:
-    with pytest.raises(OutputError, match=r"no-such-bucket.*make it first"):
+    with pytest.raises(OutputError, match=r"no-such-bucket.*make that bucket or folder first"):
         storage.probe_create_if_absent("s3://no-such-bucket/out")
 
 

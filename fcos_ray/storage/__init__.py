@@ -2,6 +2,7 @@
 
 uris.py         a uri is a local path, `s3://bucket/key`, or another scheme that fsspec knows; parsed strictly
 retries.py      transient or permanent; how long to wait
+remedies.py     what a user can do about an error
 connections.py  uri -> filesystem, with deadlines
 listing.py      exists, list_files, list_folders, expand
 scanning.py     scan_files: many parts of a large folder listed at once, in no order
@@ -13,6 +14,7 @@ from fcos_ray.storage.connections import OPERATION_SECONDS, S3_CONFIG, filesyste
 from fcos_ray.storage.files import create, delete, open_for_reading, probe_create_if_absent, publish, read_bytes
 from fcos_ray.storage.listed import ListedFiles
 from fcos_ray.storage.listing import StoredFile, exists, expand, list_files, list_folders
+from fcos_ray.storage.remedies import remedy
 from fcos_ray.storage.retries import (
     MAX_ATTEMPTS,
     STORE_ERRORS,
@@ -51,6 +53,7 @@ __all__ = [
     "probe_create_if_absent",
     "publish",
     "read_bytes",
+    "remedy",
     "retrying",
     "s3",
     "scan_files",

@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, cast
 from fcos_ray.errors import OutputError, StorageError
 from fcos_ray.storage.connections import OPERATION_SECONDS, deadline, filesystem, is_local, is_s3
 from fcos_ray.storage.listing import StoredFile, stat_file
+from fcos_ray.storage.remedies import remedy
 from fcos_ray.storage.retries import STORE_ERRORS, describe, retrying, store_answer
 from fcos_ray.storage.uris import join
 
@@ -224,22 +225,23 @@ def probe_create_if_absent(folder: str) -> None:
 
     It finds a store that ignores the condition; not one that checks it but lets two racing writers through.
     """
+    fs, path = filesystem(folder)
+    new_folders = [p for p in (Path(path), *Path(path).parents) if not p.exists()] if is_local(fs) else []
     probe = join(folder, f".probe-{uuid.uuid4().hex}")
     wanted = f"the output {folder} must let this job create files"
     try:
         created = create(probe, b"first")
         created_again = create(probe, b"second")
         kept = read_bytes(probe)
-    except FileNotFoundError as error:
-        raise OutputError(f"{wanted}: there is no such bucket or folder, make it first ({describe(error)})") from error
-    except PermissionError as error:
-        raise OutputError(f"{wanted}: allow reading, writing and listing there ({describe(error)})") from error
     except STORE_ERRORS as error:
-        advice = "it is mounted read-only" if getattr(error, "errno", None) == errno.EROFS else "it refuses"
-        raise OutputError(f"{wanted}: {advice}, choose another output ({describe(error)})") from error
+        advice = "make that bucket or folder first" if isinstance(error, FileNotFoundError) else remedy(error)
+        raise OutputError(f"{wanted}: {advice} ({describe(error)})") from error
     finally:
         with suppress(*STORE_ERRORS, StorageError):  # a store may allow writing and not deleting
             delete(probe)
+        with suppress(OSError):
+            for new in new_folders:  # a job that ends before its first file leaves no empty output behind
+                new.rmdir()
     if not created or created_again or kept != b"first":
         raise OutputError(
             f"{wanted} only if absent: a second create of {probe} was to be refused, but the store took it. It ignores "

@@ -1,0 +1,44 @@
+"""Remedies: what a user can do about an error of a store. Knows error numbers and S3's codes, no files."""
+
+from __future__ import annotations
+
+import errno
+from typing import Final
+
+import botocore.exceptions as boto  # type: ignore[import-untyped]
+
+from fcos_ray.storage.retries import store_answer
+
+_BY_S3_CODE: Final = {
+    "AccessDenied": "these credentials lack the right: allow s3:ListBucket, s3:GetObject and, for an output, s3:PutObject",
+    "403": "these credentials lack the right: allow s3:ListBucket, s3:GetObject and, for an output, s3:PutObject",
+    "ExpiredToken": "the credentials have expired: renew them",
+    "InvalidAccessKeyId": "the store does not know this access key: check AWS_ACCESS_KEY_ID or AWS_PROFILE",
+    "InvalidToken": "the session token is not valid: check AWS_SESSION_TOKEN, or renew the credentials",
+    "NoSuchBucket": "there is no such bucket: check its name, or make it first",
+    "RequestTimeTooSkewed": "the clock of this machine is wrong: set it",
+    "SignatureDoesNotMatch": "the secret key does not fit the access key: check AWS_SECRET_ACCESS_KEY",
+}
+_BY_ERRNO: Final = {
+    errno.EACCES: "this user lacks the right: allow it, or choose another place",
+    errno.EPERM: "this user lacks the right: allow it, or choose another place",
+    errno.EDQUOT: "the quota is used up: free space there, or choose another place",
+    errno.ENOSPC: "the disk is full: free space there, or choose another place",
+    errno.EROFS: "it is mounted read-only: choose another place",
+    errno.ENOTDIR: "a part of the path is a file: choose another place",
+}
+_NO_CREDENTIALS: Final = "there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+_NO_ANSWER: Final = "check AWS_ENDPOINT_URL and the network"
+_UNKNOWN: Final = "check the uri, the credentials and their rights"
+
+
+def remedy(error: BaseException) -> str:
+    """One clause of advice."""
+    _, code = store_answer(error)
+    if code in _BY_S3_CODE:
+        return _BY_S3_CODE[code]
+    if isinstance(error, (boto.NoCredentialsError, boto.PartialCredentialsError)):
+        return _NO_CREDENTIALS
+    if isinstance(error, boto.ConnectionError):
+        return _NO_ANSWER
+    return _BY_ERRNO.get(getattr(error, "errno", None) or 0, _UNKNOWN)
