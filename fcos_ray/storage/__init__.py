@@ -1,8 +1,8 @@
 """The one door to files: uri -> filesystem, list, read, create-if-absent. Knows no images and no Parquet.
 
 uris.py         a uri is a local path, `s3://bucket/key`, or another scheme that fsspec knows; parsed strictly
+answers.py      what a store's error says, and what a user can do about it
 retries.py      transient or permanent; how long to wait
-remedies.py     what a user can do about an error
 connections.py  uri -> filesystem, with deadlines
 listing.py      exists, list_files, list_folders, expand
 scanning.py     scan_files: many parts of a large folder listed at once, in no order
@@ -10,19 +10,17 @@ listed.py       listed files as a filesystem, for libraries that want one
 files.py        read_bytes, open_for_reading, create, publish, delete, and the probe that a store honours create-if-absent
 """
 
+from fcos_ray.storage.answers import describe, remedy, store_answer
 from fcos_ray.storage.connections import OPERATION_SECONDS, S3_CONFIG, filesystem, s3
 from fcos_ray.storage.files import create, delete, open_for_reading, probe_create_if_absent, publish, read_bytes
 from fcos_ray.storage.listed import ListedFiles
 from fcos_ray.storage.listing import StoredFile, exists, expand, list_files, list_folders
-from fcos_ray.storage.remedies import remedy
 from fcos_ray.storage.retries import (
     MAX_ATTEMPTS,
     STORE_ERRORS,
     backoff_seconds,
-    describe,
     is_transient,
     retrying,
-    store_answer,
 )
 from fcos_ray.storage.scanning import scan_files
 from fcos_ray.storage.uris import InvalidUri, Location, join, parent, parse_uri, without_userinfo

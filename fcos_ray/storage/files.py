@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, cast
 
 from fcos_ray.errors import OutputError, StorageError
+from fcos_ray.storage.answers import describe, remedy, store_answer
 from fcos_ray.storage.connections import OPERATION_SECONDS, deadline, filesystem, is_local, is_s3
 from fcos_ray.storage.listing import StoredFile, stat_file
-from fcos_ray.storage.remedies import remedy
-from fcos_ray.storage.retries import STORE_ERRORS, describe, retrying, store_answer
+from fcos_ray.storage.retries import STORE_ERRORS, retrying
 from fcos_ray.storage.uris import join
 
 if TYPE_CHECKING:

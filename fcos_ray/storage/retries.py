@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import random
-import re
 import time
 from collections.abc import Callable
 from typing import Final, TypeVar
@@ -15,6 +14,7 @@ from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 from fsspec.exceptions import FSTimeoutError
 
 from fcos_ray.errors import StorageError
+from fcos_ray.storage.answers import describe, remedy, store_answer
 
 T = TypeVar("T")
 
@@ -38,7 +38,6 @@ _TRANSIENT_S3_CODES: Final = {
     "BadDigest", "ExpiredToken", "IncompleteBody", "RequestTimeout", "RequestTimeTooSkewed", "SlowDown", "Throttling",
     "ThrottlingException", "TokenRefreshRequired", "XAmzContentSHA256Mismatch",
 }  # fmt: skip
-_SECRET = re.compile(r"(?<=://)[^/\s@]+(?=@)|(?<=[?&])(?:X-Amz-|AWSAccessKeyId|Signature)[^\s&\"']*")
 
 
 def is_transient(error: BaseException) -> bool:
@@ -51,17 +50,6 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return isinstance(error, (TimeoutError, ConnectionError)) or error.errno in _TRANSIENT_ERRNO
     return isinstance(error, FSTimeoutError)
-
-
-def store_answer(error: BaseException | None) -> tuple[int, str]:
-    """HTTP status and error code of an S3 answer behind an error; (0, "") when there was none."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            return int(status), str(response.get("Error", {}).get("Code", ""))
-        error = error.__cause__
-    return 0, ""
 
 
 def backoff_seconds(attempt: int, *, base: float = 0.2, cap: float = 10.0) -> float:
@@ -87,10 +75,4 @@ def retrying(what: str, call: Callable[[], T], *, max_attempts: int = MAX_ATTEMP
             last = error
         if attempt + 1 < max_attempts:
             time.sleep(backoff_seconds(attempt))
-    raise StorageError(f"{what}: failed {max_attempts} times, last: {describe(last)}") from last
-
-
-def describe(error: BaseException) -> str:
-    """One line about an error of a store, without user information or signatures of an address."""
-    text = _SECRET.sub("…", " ".join(str(error).split()))[:300]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    raise StorageError(f"{what}: failed {max_attempts} times, last: {describe(last)}; {remedy(last)}") from last

@@ -1,14 +1,14 @@
-"""Remedies: what a user can do about an error of a store. Knows error numbers and S3's codes, no files."""
+"""Answers: what an error of a store says, in one line, and what a user can do about it. Knows no files."""
 
 from __future__ import annotations
 
 import errno
+import re
 from typing import Final
 
 import botocore.exceptions as boto  # type: ignore[import-untyped]
 
-from fcos_ray.storage.retries import store_answer
-
+_SECRET: Final = re.compile(r"(?<=://)[^/\s@]+(?=@)|(?<=[?&])(?:X-Amz-|AWSAccessKeyId|Signature)[^\s&\"']*")
 _BY_S3_CODE: Final = {
     "AccessDenied": "these credentials lack the right: allow s3:ListBucket, s3:GetObject and, for an output, s3:PutObject",
     "403": "these credentials lack the right: allow s3:ListBucket, s3:GetObject and, for an output, s3:PutObject",
@@ -29,7 +29,34 @@ _BY_ERRNO: Final = {
 }
 _NO_CREDENTIALS: Final = "there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 _NO_ANSWER: Final = "check AWS_ENDPOINT_URL and the network"
-_UNKNOWN: Final = "check the uri, the credentials and their rights"
+_UNKNOWN: Final = "check the uri, the network, the credentials and their rights"
+
+
+def store_answer(error: BaseException | None) -> tuple[int, str]:
+    """HTTP status and error code of an S3 answer behind an error; (0, "") when there was none."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            return int(status), str(response.get("Error", {}).get("Code", ""))
+        error = error.__cause__
+    return 0, ""
+
+
+def describe(error: BaseException) -> str:
+    """One line about an error of a store, without user information or signatures of an address."""
+    text = _SECRET.sub("…", " ".join(_text(error).split()))[:300]
+    if error.__cause__ is not None and text.endswith(describe(error.__cause__)):
+        return text  # `retrying` has put in front what was tried
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    _, code = store_answer(error)
+    text = str(error)
+    return text if code in text else code if text in ("", "None") else f"{code}: {text}"  # Ceph sends codes alone
 
 
 def remedy(error: BaseException) -> str:
