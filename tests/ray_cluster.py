@@ -31,6 +31,11 @@ class RayCluster:
         self._process.wait(60)
 
     @property
+    def pid(self) -> int:
+        """Whose descendants all nodes and workers are."""
+        return self._process.pid
+
+    @property
     def environment(self) -> dict[str, str]:
         """For drivers."""
         return {**os.environ, "RAY_ADDRESS": self.address}
