@@ -34,7 +34,8 @@ from fcos_ray.model.architectures import INPUT_SETTINGS, Weights
 from fcos_ray.model.detector import Detector
 from fcos_ray.model.weights import load_weights
 from fcos_ray.outputs import runs
-from fcos_ray.outputs.commit import ShardCounts, ShardTarget, audit
+from fcos_ray.outputs.audit import audit
+from fcos_ray.outputs.commit import ShardCounts, ShardTarget
 from fcos_ray.outputs.schema import RESERVED_COLUMNS
 from fcos_ray.pipeline import ImageDetector, LoadSettings, MakeDetector
 from fcos_ray.session import ray_session

@@ -6,8 +6,7 @@ import json
 import re
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, cast
@@ -22,9 +21,9 @@ from fcos_ray.errors import ERROR_CODES, OutputError
 from fcos_ray.outputs.schema import DATA_SCHEMA, SCHEMA_VERSION
 
 METADATA_KEY: Final = b"fcos_ray"
-_CONTENT: Final = ("content_bytes", "content_etag", "content_last_modified", "content_sha256")
+CONTENT_COLUMNS: Final = ("content_bytes", "content_etag", "content_last_modified", "content_sha256")
 _TRANSIENT: Final = {code: transient for code, (_, transient, _) in ERROR_CODES.items()}
-_DATA_FILE: Final = re.compile(r"(\d{8})\.parquet")
+DATA_FILE: Final = re.compile(r"(\d{8})\.parquet")  # the name of shard files, and of nothing else
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,7 @@ def build_shard(target: ShardTarget, shard: int, *, pinned: pa.Table, results: p
     )
     columns["label_names"] = _label_names(results["labels"], target.labelling["categories"])
     columns["run_id"] = pa.repeat(target.run_id, pinned.num_rows)
-    for name in _CONTENT:
+    for name in CONTENT_COLUMNS:
         if name in pinned.column_names:  # what the manifest knew, where the store did not say
             columns[name] = pc.coalesce(columns[name], pinned[name].cast(DATA_SCHEMA.field(name).type))
     table = pa.table([columns[f.name] for f in DATA_SCHEMA], schema=DATA_SCHEMA)
@@ -159,56 +158,8 @@ def committed_files(output: str, run_id: str) -> dict[int, storage.StoredFile]:
     """Shard number -> shard file. Raises OutputError for a file that no run writes there."""
     committed: dict[int, storage.StoredFile] = {}
     for file in storage.list_files(data_folder(output, run_id)):
-        match = _DATA_FILE.fullmatch(file.uri.rsplit("/", 1)[1])
+        match = DATA_FILE.fullmatch(file.uri.rsplit("/", 1)[1])
         if match is None or int(match[1]) in committed:
             raise OutputError(f"{file.uri} was not written by this run; move it away, then run again")
         committed[int(match[1])] = file
     return committed
-
-
-def audit(target: ShardTarget, shard_rows: Sequence[int]) -> ShardCounts:
-    """Hold what lies in the output against the plan, row by row, and add up what it holds.
-
-    Raises OutputError naming what is missing, doubled or foreign.
-    """
-    committed = list_committed(target.output, target.run_id)
-    if missing := [shard for shard in range(len(shard_rows)) if shard not in committed]:
-        raise OutputError(f"run {target.run_id}: {len(missing):,} shards are missing, such as {_some(missing)}")
-    if foreign := [shard for shard in committed if shard >= len(shard_rows)]:
-        raise OutputError(f"run {target.run_id}: shards {_some(foreign)} are not in the plan")
-    with ThreadPoolExecutor(16) as pool:
-        checks = pool.map(lambda shard: _audit_shard(target, shard, committed[shard], shard_rows[shard]), committed)
-        return sum(checks, ShardCounts())
-
-
-def _some(shards: Iterable[int]) -> str:
-    return ", ".join(str(shard) for shard in sorted(shards)[:5])
-
-
-def _audit_shard(target: ShardTarget, shard: int, uri: str, num_rows: int) -> ShardCounts:
-    def read() -> tuple[dict[str, Any], list[int]]:
-        with storage.open_for_reading(uri) as handle:
-            parquet = pq.ParquetFile(handle)
-            about = json.loads((parquet.schema_arrow.metadata or {}).get(METADATA_KEY, b"{}"))
-            columns = parquet.read(columns=["row"])
-            return about, columns["row"].to_pylist() if columns.num_columns else []
-
-    try:
-        about, rows = storage.retrying(f"auditing {uri}", read)
-    except (pa.ArrowException, ValueError) as error:
-        raise OutputError(f"{uri} cannot be read: {error}") from error
-    if (about.get("run_id"), about.get("shard")) != (target.run_id, shard):
-        raise OutputError(
-            f"{uri}: wanted shard {shard} of run {target.run_id}, got {about.get('shard')} of {about.get('run_id')}"
-        )
-    if rows != list(range(num_rows)):
-        raise OutputError(
-            f"{uri}: wanted rows 0 to {num_rows - 1} once each, got {len(rows)} rows, {len(set(rows))} distinct"
-        )
-    try:
-        counts = ShardCounts(**about["counts"])
-    except (KeyError, TypeError) as error:
-        raise OutputError(f"{uri}: its metadata does not count what it holds: {error}") from error
-    if counts.rows != num_rows:
-        raise OutputError(f"{uri}: its metadata counts {counts.rows} rows, it holds {num_rows}")
-    return counts

@@ -21,11 +21,11 @@ from fcos_ray.inputs.fetch import FetchPolicy
 from fcos_ray.inputs.manifests import find_sources
 from fcos_ray.inputs.pin import pin, read_shard
 from fcos_ray.inputs.plan import PlanSettings, draft_plan
+from fcos_ray.outputs.audit import audit
 from fcos_ray.outputs.commit import (
     METADATA_KEY,
     ShardCounts,
     ShardTarget,
-    audit,
     build_shard,
     commit_shard,
     count_results,
@@ -254,7 +254,7 @@ def put(wanted: ShardTarget, shard: int, data: bytes, partition: str = "") -> Pa
 
 def bytes_of(rows: list[int], **about: Any) -> bytes:
     """A file with these row numbers, that says what a shard file says."""
-    said = {"run_id": RUN, "shard": 1, "counts": {}} | about
+    said = LABELLING | {"run_id": RUN, "shard": 1, "counts": {}} | about
     table = pa.table({"row": pa.array(rows, pa.int32())}).replace_schema_metadata({METADATA_KEY: json.dumps(said)})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
@@ -272,7 +272,7 @@ def test_an_output_in_a_store_is_audited_alike(output: str) -> None:
     for shard in range(2):
         commit_shard(target(output, "p"), shard, pinned=pinned(1, "p=%C3%A9"), results=results(found(0, [1], shard)))
     assert audit(target(output, "p"), [1, 1]).rows == 2
-    with pytest.raises(OutputError, match="1 shards are missing, such as 2"):
+    with pytest.raises(OutputError, match="1 of 3 shards are missing, such as 2"):
         audit(target(output, "p"), [1, 1, 1])
 
 
@@ -282,12 +282,12 @@ def test_a_run_that_committed_nothing_lists_nothing(output: str) -> None:
 
 def test_the_audit_finds_a_missing_shard(committed: ShardTarget) -> None:
     Path(committed.data_uri("", 1)).unlink()
-    with pytest.raises(OutputError, match=f"run {RUN}: 1 shards are missing, such as 1"):
+    with pytest.raises(OutputError, match=f"run {RUN}: 1 of 3 shards are missing, such as 1"):
         audit(committed, [3, 3, 3])
 
 
 def test_the_audit_finds_a_shard_that_is_not_in_the_plan(committed: ShardTarget) -> None:
-    with pytest.raises(OutputError, match=f"run {RUN}: shards 2 are not in the plan"):
+    with pytest.raises(OutputError, match=r"00000002.parquet: the plan has 2 shards"):
         audit(committed, [3, 3])
 
 

@@ -1,0 +1,191 @@
+"""The audit finds every way in which an output can differ from its plans, and nothing in one that a job wrote."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fcos_ray.analysis.audit import audit_output
+from fcos_ray.errors import OutputError
+from jobs import audit as job
+from tests.analysis.written import write_run
+
+IDS = [f"img{i}" for i in range(6)]
+
+
+def write(output: Path, folder: Path, **options: Any) -> None:
+    """Two finished runs of three shards, one partitioned, and an open one with a shard to come."""
+    camera = {"image_id": IDS, "site": ["a", "a", "b", "b", "b", "b"], "score": [0.5, None, float("nan"), 1, 2, 3]}
+    outcomes = {"img1": [1, 2, 3], "img2": [], "img3": "not_found"}
+    write_run(str(output), 1, camera, folder, outcomes=outcomes, partition_by=["site"])
+    write_run(str(output), 2, camera, folder, outcomes=outcomes)
+    write_run(str(output), 3, {"image_id": IDS}, folder, finished=False, shards=2)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("outputs")
+    write(folder / "out", folder)
+    return folder / "out"
+
+
+@pytest.fixture
+def output(original: Path, tmp_path: Path) -> Path:
+    """A copy to damage. Paths in records are relative to the output, so a copy is as good."""
+    shutil.copytree(original, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_what_was_written_is_as_planned(output: Path) -> None:
+    for deep in (False, True):
+        summary = audit_output(str(output), deep=deep)
+        assert summary.findings == {}
+        assert (summary.runs, summary.open_runs, summary.shards, summary.open_shards) == (3, 1, 8, 1)
+        assert summary.rows == 6 + 6 + 4
+
+
+def shard_file(output: Path, run: int = 2, shard: int = 0) -> Path:
+    [path] = output.glob(f"detections/run={run:06d}-*/**/{shard:08d}.parquet")
+    return path
+
+
+def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    table = pq.read_table(path, partitioning=None)
+    pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), path)
+
+
+def with_column(name: str, values: list[Any]) -> Callable[[pa.Table], pa.Table]:
+    def change(table: pa.Table) -> pa.Table:
+        at = table.column_names.index(name)
+        return table.set_column(at, table.schema.field(name), pa.array(values, table.schema.field(name).type))
+
+    return change
+
+
+def with_about(**about: Any) -> Callable[[Path], None]:
+    def damage(output: Path) -> None:
+        path = shard_file(output)
+        table = pq.read_table(path, partitioning=None)
+        said = json.loads(table.schema.metadata[b"fcos_ray"])
+        said["settings"] = said["settings"] | about.pop("settings", {})
+        pq.write_table(table.replace_schema_metadata({"fcos_ray": json.dumps(said | about)}), path)
+
+    return damage
+
+
+def edit_json(pattern: str, **values: Any) -> Callable[[Path], None]:
+    def damage(output: Path) -> None:
+        [path] = output.glob(pattern)
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return damage
+
+
+def stray(name: str) -> Callable[[Path], None]:
+    def damage(output: Path) -> None:
+        path = output / "detections" / name.replace("RUN", shard_file(output).parent.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(shard_file(output), path)
+
+    return damage
+
+
+def misplace(output: Path) -> None:
+    path = shard_file(output, run=1)
+    other = path.parent.parent / "site=c"
+    other.mkdir()
+    path.rename(other / path.name)
+
+
+def truncate(output: Path) -> None:
+    path = shard_file(output)
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def rows(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
+    return lambda output: rewrite(shard_file(output), change)
+
+
+BOXES = [[0.0, 1.0, 10.0, 21.0]]
+THREE = [0.9, 0.8, 0.7]
+DAMAGES: list[tuple[str, Callable[[Path], None], str, bool, str]] = [
+    ("a shard is gone", lambda o: shard_file(o).unlink(), "missing", False, "1 of 3 shards are missing, such as 0"),
+    ("a row is gone", rows(lambda t: t.slice(1)), "wrong_rows", False, "wanted rows 0 to 1"),
+    ("a row is doubled", rows(lambda t: pa.concat_tables([t, t])), "wrong_rows", False, "4 rows, 2"),
+    ("another name", stray("RUN/part-0.parquet"), "foreign", False, "no run writes files of that name"),
+    ("a shard too many", stray("RUN/00000009.parquet"), "foreign", False, "the plan has 3 shards"),
+    ("a run of nobody", stray("run=000009-ffffffff/00000000.parquet"), "foreign", False, "no run of that name"),
+    ("a file beside the runs", stray("notes.parquet"), "foreign", False, "no run writes there"),
+    ("a shard twice", stray("RUN/site=x/00000000.parquet"), "doubled", False, "are one shard"),
+    ("the wrong partition", misplace, "foreign", True, "the plan puts that shard at"),
+    ("half a file", truncate, "unreadable", False, "cannot be read"),
+    ("text for Parquet", lambda o: shard_file(o).write_text("no"), "unreadable", False, "cannot be read"),
+    ("of another shard", with_about(shard=1), "foreign", False, "wanted shard 0 of run"),
+    ("other weights", with_about(weights_sha256="e" * 64), "changed_settings", False, "made with weights_sha256"),
+    ("another threshold", with_about(settings={"score_threshold": 0.3}), "changed_settings", False, "score_threshold 0.3"),
+    ("other counts", edit_json("runs/000002-*/_SUCCESS.json", rows=7), "wrong_counts", False, "_SUCCESS.json has rows 7"),
+    ("a record without files", edit_json("runs/000002-*/run.json", files=None), "unreadable", False, "run.json is damaged"),
+    ("no pinned rows", lambda o: shutil.rmtree(next(o.glob("runs/000002-*/manifest-abc"))), "unreadable", True, "pinned rows"),
+    ("another image", rows(with_column("image_id", ["img0", "imgX"])), "wrong_rows", True, "image_id"),
+    ("a lost value", rows(with_column("score", [0.5, 0.0])), "wrong_rows", True, "column score"),
+    ("a lost column", rows(lambda t: t.drop_columns("site")), "wrong_rows", True, "column site: wanted"),
+    ("an ok row that is none", rows(with_column("status", ["ok", "error"])), "wrong_rows", True, "do not go"),
+    ("no boxes", rows(with_column("boxes", [BOXES, None])), "wrong_rows", True, "without boxes"),
+    ("lists that differ", rows(with_column("scores", [[], THREE])), "wrong_rows", True, "in length"),
+    ("outside", rows(with_column("boxes", [[[0, 0, 65, 1]], BOXES * 3])), "wrong_rows", True, "64 x 48"),
+    ("inside out", rows(with_column("boxes", [[[9, 0, 5, 1]], BOXES * 3])), "wrong_rows", True, "x2 < x1"),
+    ("not a number", rows(with_column("scores", [[np.nan], THREE])), "wrong_rows", True, "descend"),
+    ("ascending", rows(with_column("scores", [[0.9], [0.7, 0.8, 0.9]])), "wrong_rows", True, "descend"),
+    ("too low", rows(with_column("scores", [[0.2], THREE])), "wrong_rows", True, "threshold"),
+    ("misnamed", rows(with_column("labels", [[2], [1, 2, 3]])), "wrong_rows", True, "categories"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "kind", "deep", "words"), [d[1:] for d in DAMAGES], ids=[d[0] for d in DAMAGES])
+def test_damage_is_found_and_named(
+    output: Path, damage: Callable[[Path], None], kind: str, deep: bool, words: str
+) -> None:
+    damage(output)
+    summary = audit_output(str(output), deep=deep)
+    assert set(summary.findings) == {kind}, summary
+    assert words in " ".join(summary.examples[kind])
+    if deep:
+        assert audit_output(str(output)).findings.keys() <= {kind}
+
+
+def test_one_run_is_audited_alone(output: Path) -> None:
+    shard_file(output, run=2).unlink()
+    assert audit_output(str(output), run_id=next(output.glob("runs/000001-*")).name).findings == {}
+    assert audit_output(str(output), run_id=next(output.glob("runs/000002-*")).name).findings == {"missing": 1}
+
+
+def test_a_place_without_runs_is_an_error_not_a_clean_audit(output: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="no run there"):
+        audit_output(str(tmp_path / "nothing"))
+    with pytest.raises(OutputError, match="no run 000009-00000000 there"):
+        audit_output(str(output), run_id="000009-00000000")
+    (output / "labelling.json").unlink()
+    with pytest.raises(OutputError, match=r"no labelling\.json"):
+        audit_output(str(output))
+
+
+def test_the_command_line_ends_with_0_5_or_2(output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job.main(["--output", str(output), "--deep"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["findings"] == {}
+    assert "3 runs, 1 open with 1 shards to come; 8 shards, 16 rows: all is as planned" in said.err
+    shard_file(output).unlink()
+    assert job.main(["--output", str(output)]) == 5
+    said = capsys.readouterr()
+    assert json.loads(said.out)["findings"] == {"missing": 1}
+    assert "missing: 1, such as\n  run 000002-" in said.err
+    assert job.main(["--output", str(tmp_path / "nothing")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
