@@ -145,7 +145,10 @@ class Execution:
         with RunProgress(num_rows=sum(self._shard_rows), done=done) as self._progress:
             while missing:
                 trouble = self._round(missing)
-                still_missing = self._missing()
+                try:
+                    still_missing = self._missing()
+                except StorageError as error:  # an outage that outlasts the retries: a round without progress
+                    still_missing, trouble = missing, f"{trouble}; {error}"
                 idle = 0 if len(still_missing) < len(missing) else idle + 1
                 missing = still_missing
                 if missing and idle >= self._settings.max_rounds:
@@ -183,10 +186,10 @@ class Execution:
                 layout=self._layout,
             ):
                 for whole in gather.add(rows):
-                    if whole.transient_fraction > self._settings.max_transient_fraction:
-                        set_aside += whole.errors_by_code
-                    else:
+                    if whole.may_commit(max_transient_fraction=self._settings.max_transient_fraction):
                         self._submit(whole, files)
+                    else:
+                        set_aside += whole.errors_by_code
                 trouble = self._reap(leave=_COMMITS_IN_FLIGHT) or trouble
         except (RayError, ExecutionTimeoutError) as error:
             trouble = _restartable(error)
@@ -194,8 +197,8 @@ class Execution:
         if set_aside:
             codes = ", ".join(f"{count:,} {code}" for code, count in set_aside.most_common())
             aside = (
-                f"shards with more than {self._settings.max_transient_fraction:.0%} transient errors are not committed "
-                f"({codes}; --max-transient-fraction 1 commits them as error rows)"
+                f"shards with more than {self._settings.max_transient_fraction:.0%} transient errors, or any row whose "
+                f"store did not answer, are not committed ({codes}; --max-transient-fraction 1 commits them as error rows)"
             )
             trouble = f"{trouble}; {aside}" if trouble else aside
         return trouble or "the execution ended early"

@@ -289,7 +289,7 @@ def test_one_operation_is_bounded(s3_bucket: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fs, "_call_s3", hanging)
     monkeypatch.setattr("fcos_ray.storage.files.OPERATION_SECONDS", 0.2)
     monkeypatch.setattr("fcos_ray.storage.retries.backoff_seconds", lambda _: 0.0)
-    with pytest.raises(StorageError, match="failed 8 times"):
+    with pytest.raises(StorageError, match="failed 12 times"):
         storage.create(f"{s3_bucket}/x", b"x")
 
 
