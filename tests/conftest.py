@@ -77,14 +77,14 @@ def fresh_client() -> Iterator[None]:
 @pytest.fixture
 def s3_faults(
     s3_server: RgwServer, monkeypatch: pytest.MonkeyPatch, fresh_client: None
-) -> Iterator[Callable[[Treat], S3Faults]]:
-    """`s3_faults(treat)`: from here on this process, and what it starts, reaches the S3 server through trouble only."""
+) -> Iterator[Callable[..., S3Faults]]:
+    """`s3_faults(treat, …)`: from here on this process, and what it starts, reaches the server through S3Faults only."""
     import s3fs
 
     with ExitStack() as stack:
 
-        def make(treat: Treat) -> S3Faults:
-            proxy = stack.enter_context(S3Faults(s3_server.endpoint, treat))
+        def make(treat: Treat, **options: Any) -> S3Faults:
+            proxy = stack.enter_context(S3Faults(s3_server.endpoint, treat, **options))
             monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
             s3fs.S3FileSystem.clear_instance_cache()
             return proxy

@@ -20,7 +20,9 @@ from urllib.parse import parse_qs, urlsplit
 
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
-from botocore.credentials import Credentials
+from botocore.credentials import Credentials as Keys
+
+from tests.rgw import Credentials
 
 VERBS: Final = ("GET", "LIST", "HEAD", "PUT", "DELETE")
 # What may become of a request of each verb, besides "pass" and, where a test asks for it, "no length".
@@ -97,9 +99,9 @@ class S3Faults:
     def __init__(
         self, endpoint: str, treat: Treat, *, stall_seconds: float = 35.0, unconditional: Credentials | None = None
     ) -> None:
-        """`unconditional`: strip If-None-Match from PUTs, as a store that ignores it; with whose keys to sign again."""
+        """`unconditional`: ignore If-None-Match, as some stores do; the user whose signature is made anew for that."""
         self._upstream = urlsplit(endpoint)
-        self._treat, self._stall_seconds, self._signer = treat, stall_seconds, unconditional
+        self._treat, self._stall_seconds, self._user = treat, stall_seconds, unconditional
         self._lock = threading.Lock()
         self.down = False
         self.requests: Counter[str] = Counter()  # verb -> number
@@ -202,7 +204,7 @@ class S3Faults:
 
     async def _forward(self, request: Request) -> bytes:
         """The store's whole answer."""
-        head = self._without_condition(request) if self._signer else request.head
+        head = self._without_condition(request) if self._user else request.head
         head = b"\r\n".join(
             line for line in head.split(b"\r\n") if not line.lower().startswith((b"expect:", b"connection:"))
         )
@@ -221,7 +223,7 @@ class S3Faults:
             return request.head
         kept = {name: value for name, value in fields.items() if name not in ("authorization", "x-amz-date", "expect")}
         again = AWSRequest("PUT", f"http://{fields['host']}{request.target}", data=request.body, headers=kept)
-        S3SigV4Auth(self._signer, "s3", "us-east-1").add_auth(again)
+        S3SigV4Auth(Keys(self._user.access_key, self._user.secret_key), "s3", "us-east-1").add_auth(again)
         lines = [f"PUT {request.target} HTTP/1.1", *(f"{name}: {value}" for name, value in again.headers.items())]
         return "\r\n".join([*lines, "", ""]).encode()
 

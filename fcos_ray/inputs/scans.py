@@ -57,7 +57,7 @@ def unreadable(error: Exception, uris: Sequence[str]) -> ManifestError | Storage
     A store that failed is not the manifest's fault: of what a filesystem raised, DuckDB keeps the traceback's text (2.0).
     """
     text = str(error)
-    if failed := re.search(r"^fcos_ray\.errors\.StorageError: (.*)", text, re.MULTILINE):
+    if failed := re.search(r"^(?:\w+\.)*StorageError: (.*)", text, re.MULTILINE):
         return StorageError(failed[1])
     named = max((uri for uri in uris if uri in text), key=len, default=uris[0] if len(uris) == 1 else "a manifest")
     kept = re.split(r"\n\s*(?:Possible|Try |LINE \d|file = )", text, maxsplit=1)[0]
