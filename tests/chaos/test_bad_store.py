@@ -38,10 +38,11 @@ def bucket(s3_server: RgwServer, tmp_path_factory: pytest.TempPathFactory) -> st
     storage.s3().call_s3("create_bucket", Bucket="chaos", timeout=30)
     folder = tmp_path_factory.mktemp("corpus")
     write_sample(folder, num_images=NUM_IMAGES, seed=21, num_broken=8)
+    paths = [folder / "manifest.parquet", *(folder / "images").iterdir()]
     with ThreadPoolExecutor(16) as pool:
-        for path in [folder / "manifest.parquet", *(folder / "images").iterdir()]:
-            if path.is_file():
-                pool.submit(storage.create, f"s3://chaos/{path.relative_to(folder)}", path.read_bytes())
+        assert all(
+            pool.map(lambda path: storage.create(f"s3://chaos/{path.relative_to(folder)}", path.read_bytes()), paths)
+        )
     return "s3://chaos"
 
 
