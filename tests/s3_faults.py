@@ -61,27 +61,27 @@ class Trouble:
 
     def __init__(self, rates: Mapping[str, Mapping[str, float]], *, seed: int) -> None:
         assert all(set(kinds) <= set(KINDS[verb]) and sum(kinds.values()) <= 1 for verb, kinds in rates.items())
-        self._rates, self._dice = rates, random.Random(seed)
+        self._chances = {verb: _chances(kinds) for verb, kinds in rates.items()}
+        self._dice = random.Random(seed)
         self._slow: Counter[str] = Counter()  # requests left of each verb's burst
 
     def __call__(self, request: Request) -> str:
-        rates = self._rates.get(request.verb, {})
-        if self._slow[request.verb]:
-            self._slow[request.verb] -= 1
+        verb, chances = request.verb, self._chances.get(request.verb, {})
+        if self._slow[verb]:
+            self._slow[verb] -= 1
             return "503"
-        mean = sum(_BURST) / len(_BURST)
-        # a burst of mean length m that starts with p strikes pm of pm + (1 - p) requests
-        start = rates.get("503", 0.0) / (mean - (mean - 1) * rates.get("503", 0.0))
-        kinds = {kind: rate for kind, rate in rates.items() if kind != "503"}
-        left = (1 - start) / (1 - rates.get("503", 0.0))
-        dice = self._dice.random()
-        for kind, rate in {"503": start, **{kind: rate * left for kind, rate in kinds.items()}}.items():
-            dice -= rate
-            if dice < 0:
-                if kind == "503":
-                    self._slow[request.verb] = self._dice.choice(_BURST) - 1
-                return kind
-        return "pass"
+        [kind] = self._dice.choices([*chances, "pass"], [*chances.values(), 1 - sum(chances.values())])
+        if kind == "503":
+            self._slow[verb] = self._dice.choice(_BURST) - 1
+        return kind
+
+
+def _chances(rates: Mapping[str, float]) -> dict[str, float]:
+    """Shares of all requests -> chances of one throw, which decides about a whole burst when it is 503."""
+    mean, slow = sum(_BURST) / len(_BURST), rates.get("503", 0.0)
+    burst = slow / (mean - (mean - 1) * slow)
+    requests_per_throw = mean * burst + (1 - burst)
+    return {kind: burst if kind == "503" else rate * requests_per_throw for kind, rate in rates.items()}
 
 
 def spread(rate: float, *, stalls: float) -> dict[str, dict[str, float]]:
@@ -102,7 +102,6 @@ class S3Faults:
         """`unconditional`: ignore If-None-Match, as some stores do; the user whose signature is made anew for that."""
         self._upstream = urlsplit(endpoint)
         self._treat, self._stall_seconds, self._user = treat, stall_seconds, unconditional
-        self._lock = threading.Lock()
         self.down = False
         self.requests: Counter[str] = Counter()  # verb -> number
         self.injected: Counter[tuple[str, str]] = Counter()  # (verb, kind) -> number; kind "down" in an outage

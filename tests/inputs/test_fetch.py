@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import s3fs
@@ -160,7 +161,7 @@ def test_a_folder_that_is_away_is_told_from_a_failing_file(tmp_path: Path, monke
     monkeypatch.setattr(fetch, "_read_local", stale)
     policy = {"allow_roots": (str(tmp_path),), "max_attempts": 1}
     assert code(one(str(tmp_path / "x"), **policy)) == "fetch_failed"
-    monkeypatch.setattr(outages.os, "stat", stale)
+    monkeypatch.setattr(outages, "os", SimpleNamespace(stat=stale))
     assert code(one(str(tmp_path / "x"), **policy)) == "store_unavailable"
 
 
