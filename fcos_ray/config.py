@@ -126,8 +126,8 @@ class JobConfig(Settings):
     # The run
     max_transient_fraction: CliSuppress[Fraction] = Field(
         0.1,
-        description="A shard with a larger share of transient errors, or below 1 with any row whose store did not answer, "
-        "is not committed but tried later",
+        description="A shard with a larger share of transient errors is not committed but tried later; below 1, nor is one "
+        "with any row whose store did not answer",
     )
     max_rounds: CliSuppress[Positive] = Field(
         5, description="Executions over missing shards without progress, then stop"

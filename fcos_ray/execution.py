@@ -145,10 +145,7 @@ class Execution:
         with RunProgress(num_rows=sum(self._shard_rows), done=done) as self._progress:
             while missing:
                 trouble = self._round(missing)
-                try:
-                    still_missing = self._missing()
-                except StorageError as error:  # an outage that outlasts the retries: a round without progress
-                    still_missing, trouble = missing, f"{trouble}; {error}"
+                still_missing = self._missing()
                 idle = 0 if len(still_missing) < len(missing) else idle + 1
                 missing = still_missing
                 if missing and idle >= self._settings.max_rounds:
@@ -160,8 +157,20 @@ class Execution:
         return self.stats
 
     def _missing(self) -> list[int]:
-        committed = list_committed(self._run.target.output, self._run.target.run_id)
-        return [shard for shard in range(len(self._shard_rows)) if shard not in committed]
+        """As the output says. In an outage it is asked as often as rounds are begun: guessing would label shards again."""
+        wait, asked = self._settings.round_wait_seconds, 0
+        while True:
+            try:
+                committed = list_committed(self._run.target.output, self._run.target.run_id)
+            except StorageError as error:
+                asked += 1
+                if asked == self._settings.max_rounds:
+                    raise
+                logger.warning("%s; again in %.0f s", error, wait)
+                time.sleep(wait)
+                wait = min(wait * 2, 8 * self._settings.round_wait_seconds)
+            else:
+                return [shard for shard in range(len(self._shard_rows)) if shard not in committed]
 
     def _why_stopped(self, missing: Sequence[int], trouble: str) -> str:
         rows = sum(self._shard_rows[shard] for shard in missing)

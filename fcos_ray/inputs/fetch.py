@@ -164,6 +164,7 @@ class _Fetched:
 class _UsedUp:
     """Attempts that all failed in a way another may not; what to say when none is made."""
 
+    attempts: int
     code: str
     message: str
 
@@ -180,7 +181,7 @@ async def _fetch(uri: str, policy: FetchPolicy) -> _Fetched | FetchError:
         if not await store_answers(location, root=root, timeout_seconds=policy.timeout_seconds):
             return FetchError("store_unavailable", f"{fetched.message}; its store does not answer either")
         # An outage that has just ended is not to be blamed on the object.
-        fetched = await _attempts(location, policy, before=policy.max_attempts, num_attempts=_LAST_ATTEMPTS)
+        fetched = await _attempts(location, policy, before=fetched.attempts, num_attempts=_LAST_ATTEMPTS)
     return FetchError(fetched.code, fetched.message) if isinstance(fetched, _UsedUp) else fetched
 
 
@@ -207,8 +208,8 @@ async def _attempts(
                         last = f"no whole answer within {policy.timeout_seconds:g} s"
     except TimeoutError:
         code, what = "fetch_timeout", f"not read within {policy.deadline_seconds:g} s, in attempt {attempt}"
-        return _UsedUp(code, f"{what}; before: {last}" if attempt > before + 1 else what)
-    return _UsedUp("fetch_failed", f"failed {attempt} times, last: {last}")
+        return _UsedUp(attempt, code, f"{what}; before: {last}" if attempt > before + 1 else what)
+    return _UsedUp(attempt, "fetch_failed", f"failed {attempt} times, last: {last}")
 
 
 def _for_good(error: BaseException) -> FetchError:

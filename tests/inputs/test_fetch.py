@@ -25,6 +25,7 @@ from fcos_ray.inputs.fetch import FetchPolicy, fetch_many, reason_to_refuse
 from fcos_ray.types import Content
 from tests.conftest import s3_environment
 from tests.rgw import RgwServer
+from tests.s3_faults import Request
 
 
 def one(uri: str, **policy: object) -> Content | FetchError:
@@ -145,6 +146,21 @@ def test_an_outage_that_ends_in_time_is_not_blamed_on_the_object(s3_bucket: str,
     content = one(f"{s3_bucket}/x", max_attempts=2)
     assert isinstance(content, Content), content
     assert content.attempts == 3
+
+
+def test_attempts_are_counted_as_made_when_the_deadline_cuts_them_off(s3_bucket: str, s3_faults) -> None:
+    storage.create(f"{s3_bucket}/x", b"x")
+    gets: list[Request] = []
+
+    def treat(request: Request) -> str:
+        gets.extend([request] * (request.verb == "GET"))
+        return "stall" if request.verb == "GET" and len(gets) == 1 else "pass"
+
+    s3_faults(treat)
+    storage.s3().connect()
+    content = one(f"{s3_bucket}/x", timeout_seconds=5, deadline_seconds=1)
+    assert isinstance(content, Content), content
+    assert content.attempts == 2
 
 
 def test_a_store_that_denies_the_question_answers(s3_server: RgwServer, s3_bucket: str, s3_faults, monkeypatch) -> None:
