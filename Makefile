@@ -25,7 +25,7 @@ test: install  ## every test that this machine can run: pure, S3 server, Ray, ki
 test-fast: install  ## the pure tests, under a minute or so
 	$(BIN)/python -m pytest -m "not s3 and not ray and not chaos"
 
-chaos: install  ## only the kills
+chaos: install  ## only the kills and the failing store; CHAOS_IMAGES=2000 for the long version (about half an hour)
 	$(BIN)/python -m pytest -m chaos
 
 readme: install  ## the README's settings table, from the definition

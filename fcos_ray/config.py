@@ -109,7 +109,9 @@ class JobConfig(Settings):
 
     # One image
     fetch_timeout_seconds: CliSuppress[Seconds] = Field(30.0, description="One attempt to read an image")
-    fetch_deadline_seconds: CliSuppress[Seconds] = Field(120.0, description="All attempts to read an image")
+    fetch_deadline_seconds: CliSuppress[Seconds] = Field(
+        120.0, description="All attempts to read an image, before the store is asked whether it answers at all"
+    )
     fetch_max_attempts: CliSuppress[Annotated[int, Field(ge=1, le=10)]] = Field(
         10, description="Attempts to read an image; only transient failures are tried again"
     )
@@ -123,7 +125,9 @@ class JobConfig(Settings):
 
     # The run
     max_transient_fraction: CliSuppress[Fraction] = Field(
-        0.1, description="A shard with a larger share of transient errors is not committed but tried later"
+        0.1,
+        description="A shard with a larger share of transient errors is not committed but tried later; below 1, nor is one "
+        "with any row whose store did not answer",
     )
     max_rounds: CliSuppress[Positive] = Field(
         5, description="Executions over missing shards without progress, then stop"

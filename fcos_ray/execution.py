@@ -126,8 +126,20 @@ class Execution:
         return self.stats
 
     def _missing(self) -> list[int]:
-        committed = list_committed(self._run.target.output, self._run.target.run_id)
-        return [shard for shard in range(len(self._shard_rows)) if shard not in committed]
+        """As the output says. In an outage it is asked as often as rounds are begun: guessing would label shards again."""
+        wait, asked = self._settings.round_wait_seconds, 0
+        while True:
+            try:
+                committed = list_committed(self._run.target.output, self._run.target.run_id)
+            except StorageError as error:
+                asked += 1
+                if asked == self._settings.max_rounds:
+                    raise
+                logger.warning("%s; again in %.0f s", error, wait)
+                time.sleep(wait)
+                wait = min(wait * 2, 8 * self._settings.round_wait_seconds)
+            else:
+                return [shard for shard in range(len(self._shard_rows)) if shard not in committed]
 
     def _why_stopped(self, missing: Sequence[int], trouble: str) -> str:
         rows = sum(self._shard_rows[shard] for shard in missing)
@@ -146,10 +158,10 @@ class Execution:
             with closing(result_rows(missing, self._stages)) as results:
                 for rows in results:
                     for whole in gather.add(rows):
-                        if whole.transient_fraction > self._settings.max_transient_fraction:
-                            set_aside += whole.errors_by_code
-                        else:
+                        if whole.may_commit(max_transient_fraction=self._settings.max_transient_fraction):
                             self._submit(whole, files)
+                        else:
+                            set_aside += whole.errors_by_code
                     trouble = self._reap(leave=_COMMITS_IN_FLIGHT) or trouble
         except RayError as error:
             trouble = _restartable(error)
@@ -159,14 +171,15 @@ class Execution:
             self._commit_what_is_whole()
             raise
         trouble = self._reap(leave=0) or trouble
-        if set_aside:
-            codes = ", ".join(f"{count:,} {code}" for code, count in set_aside.most_common())
-            aside = (
-                f"shards with more than {self._settings.max_transient_fraction:.0%} transient errors are not committed "
-                f"({codes}; --max-transient-fraction 1 commits them as error rows)"
-            )
-            trouble = f"{trouble}; {aside}" if trouble else aside
-        return trouble or "the execution ended early"
+        aside = self._why_set_aside(set_aside) if set_aside else ""
+        return "; ".join(filter(None, [trouble, aside])) or "the execution ended early"
+
+    def _why_set_aside(self, errors_by_code: Counter[str]) -> str:
+        codes = ", ".join(f"{count:,} {code}" for code, count in errors_by_code.most_common())
+        return (
+            f"shards with more than {self._settings.max_transient_fraction:.0%} transient errors, or any row whose "
+            f"store did not answer, are not committed ({codes}; --max-transient-fraction 1 commits them as error rows)"
+        )
 
     def _submit(self, whole: WholeShard, files: ray.ObjectRef[Any]) -> None:
         reference = _commit.remote(self._run.target, whole.shard, self._run.folder, files, whole.rows)

@@ -36,8 +36,11 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (RunStopped, StorageError) as error:
+    except RunStopped as error:
         print(f"stopped: {error}", file=sys.stderr)
+        return 4
+    except StorageError as error:
+        print(f"stopped: {error}. What is committed stays; the same command goes on", file=sys.stderr)
         return 4
     except KeyboardInterrupt:
         print("interrupted: what is committed stays; the same command goes on", file=sys.stderr)

@@ -14,12 +14,14 @@ os.environ.setdefault("AWS_CONFIG_FILE", os.devnull)
 os.environ.setdefault("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
 from tests.rgw import Credentials, RgwServer, missing_programs
+from tests.s3_faults import S3Faults, Treat
 
 REQUIRE_SERVERS = os.environ.get("FCOS_RAY_REQUIRE_SERVERS") == "1"
 _ORDER = ("s3", "ray", "chaos")  # pure tests first, the dearest last
@@ -60,6 +62,34 @@ def s3_server() -> Iterator[RgwServer]:
         for name, value in s3_environment(server, server.owner).items():
             environment.setenv(name, value)
         yield server
+
+
+@pytest.fixture
+def fresh_client() -> Iterator[None]:
+    """S3 clients are made anew, from the environment as it is then."""
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def s3_faults(
+    s3_server: RgwServer, monkeypatch: pytest.MonkeyPatch, fresh_client: None
+) -> Iterator[Callable[..., S3Faults]]:
+    """`s3_faults(treat, …)`: from here on this process, and what it starts, reaches the server through S3Faults only."""
+    import s3fs
+
+    with ExitStack() as stack:
+
+        def make(treat: Treat, **options: Any) -> S3Faults:
+            proxy = stack.enter_context(S3Faults(s3_server.endpoint, treat, **options))
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+            s3fs.S3FileSystem.clear_instance_cache()
+            return proxy
+
+        yield make
 
 
 @pytest.fixture

@@ -25,7 +25,9 @@ def test_every_code_has_a_stage_and_a_meaning_in_plain_words() -> None:
 
 def test_only_fetching_fails_for_a_while() -> None:
     """Decoding and detecting the same bytes again gives the same; an outage must not look like a bad image."""
-    assert {code for code, (_, transient, _) in ERROR_CODES.items() if transient} == {"fetch_timeout", "fetch_failed"}
+    assert {code for code, (_, transient, _) in ERROR_CODES.items() if transient} == {
+        "fetch_timeout", "fetch_failed", "store_unavailable",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("code", ERROR_CODES)

@@ -18,6 +18,7 @@ from fcos_ray.errors import ERROR_CODES, ConfigError, OutputError, RunStopped
 from fcos_ray.inputs.decode import decode
 from fcos_ray.model.batches import shrink
 from fcos_ray.sample import write_sample
+from fcos_ray.storage import MAX_ATTEMPTS
 from tests.corpus import (
     PixelDetector,
     config,
@@ -30,6 +31,7 @@ from tests.corpus import (
 )  # fmt: skip
 from tests.parity import assert_same_detections
 from tests.rgw import RgwServer
+from tests.s3_faults import Request
 
 CUTS = {"score_threshold": 0.2, "max_detections": 100}
 
@@ -218,6 +220,24 @@ def test_an_outage_is_not_data_and_the_run_stops_resumably(
     assert files_of(out) == {}
     summary = fr.run(config(manifest, out), make_detector=PixelDetector)
     assert (summary.ok, summary.run_id[:6]) == (12, "000001")
+
+
+def test_an_output_that_cannot_be_listed_for_a_while_is_waited_for(
+    corpus: Path, s3_bucket: str, s3_faults: Any, monkeypatch: pytest.MonkeyPatch, ray_session: Any
+) -> None:
+    monkeypatch.setattr("fcos_ray.storage.retries.backoff_seconds", lambda _: 0.0)
+    listings: list[str] = []
+
+    def treat(request: Request) -> str:
+        if request.verb == "LIST" and "detections" in request.target:
+            listings.append(request.target)
+        return "503" if request.verb == "LIST" and 2 <= len(listings) < 2 + MAX_ATTEMPTS else "pass"
+
+    s3_faults(treat)  # before the driver; the workers of this Ray were started without
+    settings = config(corpus / "manifest.parquet", f"{s3_bucket}/out", shard_rows=40, round_wait_seconds=0.1)
+    summary = fr.run(settings, make_detector=PixelDetector)
+    assert (summary.rows, summary.shards) == (80, 2)
+    assert len(listings) > 2 + MAX_ATTEMPTS
 
 
 def test_a_job_wholly_on_s3_gives_what_the_local_one_gives(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fcos_ray.storage import ListedFiles, list_files
+from fcos_ray.storage import ListedFiles, StoredFile, list_files
 
 
 def test_only_what_was_listed_is_there(tmp_path: Path) -> None:
@@ -29,5 +29,9 @@ def test_only_what_was_listed_is_there(tmp_path: Path) -> None:
     assert listed.glob(f"{listed.protocol}://{tmp_path}/*") == []
 
 
-def test_every_listing_has_a_scheme_of_its_own() -> None:
+def test_every_listing_has_a_scheme_of_its_own_or_its_files() -> None:
     assert ListedFiles([]).protocol != ListedFiles([]).protocol
+    file = StoredFile("s3://bucket/a [1]", 3, "etag")
+    listed = ListedFiles([file], scheme="s3")
+    assert (listed.protocol, listed.uri(file)) == ("s3", file.uri)
+    assert listed.exists(file.uri)

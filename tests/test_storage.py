@@ -19,6 +19,7 @@ from fcos_ray import storage
 from fcos_ray.errors import OutputError, StorageError
 from tests.conftest import s3_environment
 from tests.rgw import RgwServer
+from tests.s3_faults import KINDS, Trouble, spread
 
 ODD_NAMES = [
     "a b.bin",
@@ -208,10 +209,8 @@ def test_the_probe_passes_and_leaves_nothing(folder: str) -> None:
     assert storage.list_folders(folder) == []
 
 
-def test_the_probe_finds_a_store_that_ignores_the_condition(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fs = storage.s3()
-    monkeypatch.setattr(fs, "pipe_file", lambda path, data, **_: fs.call_s3(
-        "put_object", Bucket=path.split("/")[0], Key=path.split("/", 1)[1], Body=data))  # fmt: skip
+def test_the_probe_finds_a_store_that_ignores_the_condition(s3_server: RgwServer, s3_bucket: str, s3_faults) -> None:
+    s3_faults(lambda _: "pass", unconditional=s3_server.owner)
     with pytest.raises(OutputError, match="ignores If-None-Match"):
         storage.probe_create_if_absent(s3_bucket)
 
@@ -221,20 +220,41 @@ def test_the_probe_names_a_missing_bucket(s3_server: RgwServer) -> None:
         storage.probe_create_if_absent("s3://no-such-bucket/out")
 
 
-def test_a_lost_answer_is_ours_on_s3(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fs, calls = storage.s3(), []
-    real = fs.pipe_file
-
-    def losing(*args: object, **options: object) -> object:
-        calls.append(args)
-        answer = real(*args, **options)
-        if len(calls) == 1:
-            raise aiohttp.ServerDisconnectedError
-        return answer
-
-    monkeypatch.setattr(fs, "pipe_file", losing)
+def test_a_lost_answer_is_ours_on_s3(s3_bucket: str, s3_faults) -> None:
+    treatment = {"PUT": ["lost"], "HEAD": ["503", "reset"], "GET": ["500", "truncate"]}
+    proxy = s3_faults(lambda request: treatment[request.verb].pop(0) if treatment[request.verb] else "pass")
     assert storage.create(f"{s3_bucket}/x", b"attempt 1")
-    assert len(calls) == 2
+    assert sum(proxy.injected.values()) == 5
+    assert proxy.requests["PUT"] == 2, "trouble while looking whose file it is costs no attempt to create"
+
+
+def test_everything_gets_through_a_store_that_fails_three_times_in_ten(
+    s3_bucket: str, s3_faults, tmp_path: Path
+) -> None:
+    proxy = s3_faults(Trouble(spread(0.3, stalls=0), seed=1))
+    names = [f"{s3_bucket}/deep/{number:02}" for number in range(24)]
+    (tmp_path / "x").write_bytes(b"published")
+
+    def work(uri: str) -> None:
+        assert storage.create(uri, uri.encode())
+        assert not storage.create(uri, b"another's")
+        assert storage.read_bytes(uri) == uri.encode()
+        with storage.open_for_reading(uri, block_bytes=8) as file:
+            assert file.read() == uri.encode()
+        assert storage.publish(tmp_path / "x", f"{uri}.x")
+        storage.delete(f"{uri}.x")
+
+    with ThreadPoolExecutor(24) as pool:
+        list(pool.map(work, names))
+    assert [file.uri for file in storage.list_files(s3_bucket)] == names
+    assert [file.uri for file in storage.expand(f"{s3_bucket}/*/?0")] == [names[0], names[10], names[20]]
+    storage.probe_create_if_absent(s3_bucket)
+    assert {(verb, kind) for verb in ("GET", "HEAD", "PUT") for kind in KINDS[verb] if kind != "stall"} <= {
+        *proxy.injected
+    }, proxy.report()
+    for verb in ("GET", "HEAD", "PUT"):
+        injected = sum(count for (of, _), count in proxy.injected.items() if of == verb)
+        assert 0.2 < injected / proxy.requests[verb] < 0.4, proxy.report()
 
 
 def test_a_local_crash_before_the_link_leaves_only_a_temporary_file(tmp_path: Path) -> None:
@@ -292,7 +312,7 @@ def test_one_operation_is_bounded(s3_bucket: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fs, "_call_s3", hanging)
     monkeypatch.setattr("fcos_ray.storage.files.OPERATION_SECONDS", 0.2)
     monkeypatch.setattr("fcos_ray.storage.retries.backoff_seconds", lambda _: 0.0)
-    with pytest.raises(StorageError, match="failed 8 times"):
+    with pytest.raises(StorageError, match="failed 12 times"):
         storage.create(f"{s3_bucket}/x", b"x")
 
 

@@ -26,10 +26,12 @@ from fsspec.asyn import get_loop
 
 from fcos_ray import storage
 from fcos_ray.errors import FetchError
+from fcos_ray.inputs.outages import store_answers
 from fcos_ray.types import Content
 
 _SCHEMES: Final = ("s3", "file")
 _CHUNK_BYTES: Final = 2**20
+_LAST_ATTEMPTS: Final = 3  # at an object whose store turns out to answer
 _EPOCH: Final = datetime.fromtimestamp(0, UTC)
 
 # The job's credentials are wrong, or not there yet, in this process. Nothing is known to be wrong with the object: the
@@ -49,7 +51,7 @@ class FetchPolicy:
     max_bytes: int = 256 * 2**20  # of one image
     head_bytes: int | None = None  # read only so many from the start, however large the image is
     timeout_seconds: float = 30.0  # one attempt
-    deadline_seconds: float = 120.0  # one image over all attempts
+    deadline_seconds: float = 120.0  # one image over max_attempts, and over the last ones again
     max_attempts: int = 10
     concurrency: int = 32  # images in flight, or read and not yet taken
 
@@ -158,20 +160,44 @@ class _Fetched:
         return Content(self.data, self.etag, self.last_modified, digest, self.attempts)
 
 
+@dataclass(frozen=True, slots=True)
+class _UsedUp:
+    """Attempts that all failed in a way another may not; what to say when none is made."""
+
+    attempts: int
+    code: str
+    message: str
+
+
 async def _fetch(uri: str, policy: FetchPolicy) -> _Fetched | FetchError:
-    """One image: attempts within a deadline."""
+    """One image: attempts within a deadline, and a few more when they are used up but the store answers."""
     reason = reason_to_refuse(uri, policy)
     if reason is not None:
         return FetchError("uri_refused", reason)
-    attempt, last = 0, "no answer"
+    location = storage.parse_uri(uri)
+    fetched = await _attempts(location, policy)
+    if isinstance(fetched, _UsedUp):
+        root = next((root for root in policy.allow_roots if _is_below(location.path, root)), None)
+        if not await store_answers(location, root=root, timeout_seconds=policy.timeout_seconds):
+            return FetchError("store_unavailable", f"{fetched.message}; its store does not answer either")
+        # An outage that has just ended is not to be blamed on the object.
+        fetched = await _attempts(location, policy, before=fetched.attempts, num_attempts=_LAST_ATTEMPTS)
+    return FetchError(fetched.code, fetched.message) if isinstance(fetched, _UsedUp) else fetched
+
+
+async def _attempts(
+    location: storage.Location, policy: FetchPolicy, *, before: int = 0, num_attempts: int | None = None
+) -> _Fetched | FetchError | _UsedUp:
+    """Attempts within a deadline; `before` were made before them."""
+    attempt, last = before, "no answer"
     try:
         async with asyncio.timeout(policy.deadline_seconds):
-            for attempt in range(1, policy.max_attempts + 1):
-                if attempt > 1:
-                    await asyncio.sleep(storage.backoff_seconds(attempt - 1))
+            for attempt in range(before + 1, before + (num_attempts or policy.max_attempts) + 1):
+                if attempt > before + 1:
+                    await asyncio.sleep(storage.backoff_seconds(attempt - before - 1))
                 try:
                     async with asyncio.timeout(policy.timeout_seconds):
-                        return await _read(storage.parse_uri(uri), policy, attempt)
+                        return await _read(location, policy, attempt)
                 except FetchError as error:
                     return error
                 except storage.STORE_ERRORS as error:
@@ -182,8 +208,8 @@ async def _fetch(uri: str, policy: FetchPolicy) -> _Fetched | FetchError:
                         last = f"no whole answer within {policy.timeout_seconds:g} s"
     except TimeoutError:
         code, what = "fetch_timeout", f"not read within {policy.deadline_seconds:g} s, in attempt {attempt}"
-        return FetchError(code, f"{what}; before: {last}" if attempt > 1 else what)
-    return FetchError("fetch_failed", f"failed {policy.max_attempts} times, last: {last}")
+        return _UsedUp(attempt, code, f"{what}; before: {last}" if attempt > before + 1 else what)
+    return _UsedUp(attempt, "fetch_failed", f"failed {attempt} times, last: {last}")
 
 
 def _for_good(error: BaseException) -> FetchError:

@@ -10,7 +10,7 @@ from typing import IO, Any, Final
 
 import pyarrow as pa
 
-from fcos_ray.errors import ManifestError
+from fcos_ray.errors import ManifestError, StorageError
 from fcos_ray.inputs.scans import LINE_BYTES, opened, unreadable
 
 _CHUNK: Final = 2**20  # characters
@@ -19,7 +19,7 @@ _COCO: Final = re.compile(r'"(?:images|annotations)"\s*:\s*\[')
 _WANTED: Final = "wanted a JSON array of objects, [ {…}, {…} ]"
 
 
-def bad_array(uris: Sequence[str]) -> ManifestError | None:
+def bad_array(uris: Sequence[str]) -> ManifestError | StorageError | None:
     """What is wrong with the first file that is no array of objects; rows count from 0 (DuckDB 2.0 counts otherwise)."""
     for uri in uris:
         row = -1

@@ -11,7 +11,7 @@ import duckdb
 import pyarrow as pa
 
 from fcos_ray import storage
-from fcos_ray.errors import ManifestError
+from fcos_ray.errors import ManifestError, StorageError
 from fcos_ray.inputs.columns import check_names
 from fcos_ray.inputs.json_arrays import bad_array
 from fcos_ray.inputs.scans import FILE, LINE_BYTES, Scan, literal, opened, unreadable, uri_list
@@ -60,7 +60,7 @@ def scan_json(
     return Scan(tuple(uris), names, {field.name: field.type for field in schema}, sql)
 
 
-def _bad_line(uris: Sequence[str]) -> ManifestError | None:
+def _bad_line(uris: Sequence[str]) -> ManifestError | StorageError | None:
     """The first line that is no JSON object: DuckDB names another line, or none (DuckDB 2.0)."""
     for uri in uris:
         try:

@@ -124,7 +124,11 @@ def unknown_column(name: str, columns: Iterable[str]) -> str:
 
 
 def _register_filesystems(connection: duckdb.DuckDBPyConnection, sources: Sequence[Source]) -> None:
-    by_scheme = {storage.parse_uri(s.uri).scheme: s.uri for s in sources}
-    for scheme, uri in by_scheme.items():
+    """Let DuckDB read the sources where they lie; only them, and as they were found."""
+    by_scheme: dict[str, list[storage.StoredFile]] = {}
+    for source in sources:
+        found = storage.StoredFile(source.uri, source.num_bytes, source.version)
+        by_scheme.setdefault(storage.parse_uri(source.uri).scheme, []).append(found)
+    for scheme, files in by_scheme.items():
         if scheme != "file":
-            connection.register_filesystem(storage.filesystem(uri)[0])
+            connection.register_filesystem(storage.ListedFiles(files, scheme=scheme))

@@ -11,7 +11,7 @@ from typing import IO, Final, cast
 import pyarrow as pa
 
 from fcos_ray import storage
-from fcos_ray.errors import ManifestError
+from fcos_ray.errors import ManifestError, StorageError
 
 FILE: Final = "__file"  # column of every scan: the uri of the file a row came from
 COMPRESSIONS: Final = {".gz": "gzip", ".zst": "zstd"}
@@ -39,8 +39,9 @@ def literal(text: str) -> str:
 
 
 def uri_list(uris: Sequence[str]) -> str:
-    """Uris for SQL, each naming itself: DuckDB takes * ? [ for patterns."""
-    return "[" + ", ".join(literal(re.sub(r"[*?\[]", r"[\g<0>]", uri)) for uri in uris) + "]"
+    """Uris for SQL, each naming itself: in local names DuckDB takes * ? [ for patterns; ListedFiles knows no patterns."""
+    names = (re.sub(r"[*?\[]", r"[\g<0>]", uri) if uri.startswith("/") else uri for uri in uris)
+    return "[" + ", ".join(map(literal, names)) + "]"
 
 
 def opened(uri: str) -> IO[bytes]:
@@ -50,9 +51,14 @@ def opened(uri: str) -> IO[bytes]:
     return cast("IO[bytes]", pa.CompressedInputStream(file, compression)) if compression else file
 
 
-def unreadable(error: Exception, uris: Sequence[str]) -> ManifestError:
-    """Which file cannot be read and why, in one line, without DuckDB's advice on options that nobody can set here."""
+def unreadable(error: Exception, uris: Sequence[str]) -> ManifestError | StorageError:
+    """Which file cannot be read and why, in one line, without DuckDB's advice on options that nobody can set here.
+
+    A store that failed is not the manifest's fault: of what a filesystem raised, DuckDB keeps the traceback's text (2.0).
+    """
     text = str(error)
+    if failed := re.search(r"^(?:\w+\.)*StorageError: (.*)", text, re.MULTILINE):
+        return StorageError(failed[1])
     named = max((uri for uri in uris if uri in text), key=len, default=uris[0] if len(uris) == 1 else "a manifest")
     kept = re.split(r"\n\s*(?:Possible|Try |LINE \d|file = )", text, maxsplit=1)[0]
     words = re.sub(r"^[A-Z]\w+( Input| Error)+: ", "", " ".join(kept.split()))

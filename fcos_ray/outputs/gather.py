@@ -29,6 +29,12 @@ class WholeShard:
         transient = pc.sum(pc.is_in(self.rows["error_code"], _TRANSIENT_CODES)).as_py() or 0
         return float(transient / self.rows.num_rows)
 
+    def may_commit(self, *, max_transient_fraction: float) -> bool:
+        """Whether few enough rows failed transiently, and none in an outage: a limit of 1 lets everything through."""
+        if max_transient_fraction >= 1:
+            return True
+        return self.transient_fraction <= max_transient_fraction and not self.errors_by_code["store_unavailable"]
+
     @property
     def errors_by_code(self) -> Counter[str]:
         codes = pc.value_counts(self.rows["error_code"].drop_null()).to_pylist()

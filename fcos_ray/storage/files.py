@@ -109,15 +109,17 @@ def create(uri: str, data: bytes, *, temporary_folder: str | None = None) -> boo
         except OSError as error:
             # Ceph and Swift answer the refusal as 412 without the Condition element; s3fs makes that EINVAL.
             if isinstance(error, FileExistsError) or store_answer(error)[0] == 412:
-                return _same_bytes(fs, path, data)
+                return _same_bytes(uri, data)
             raise
         return True
 
     return retrying(f"creating {uri}", put)
 
 
-def _same_bytes(fs: Any, path: str, data: bytes) -> bool:
-    return int(fs.info(path, **deadline(fs))["size"]) == len(data) and fs.cat_file(path, **deadline(fs)) == data
+def _same_bytes(uri: str, data: bytes) -> bool:
+    """With retries of its own: a failed look must not cost the attempts that creating has."""
+    found = stat_file(uri)
+    return found is not None and found.num_bytes == len(data) and read_bytes(uri) == data
 
 
 def _create_local(path: Path, data: bytes, temporary_folder: Path) -> bool:

@@ -20,13 +20,16 @@ from fcos_ray.storage.uris import parse_uri
 
 
 class ListedFiles(AbstractFileSystem):  # type: ignore[misc]  # fsspec is untyped
-    """Reads the given files, which do not change any more. Its scheme is its own, so that it hides no other filesystem."""
+    """Reads the given files, which do not change any more.
+
+    Its scheme is its own, so that it hides no other filesystem; or the files', so that they keep their names.
+    """
 
     cachable = False
 
-    def __init__(self, files: Iterable[StoredFile]) -> None:
+    def __init__(self, files: Iterable[StoredFile], *, scheme: str | None = None) -> None:
         super().__init__()
-        self.protocol = f"listed-{uuid.uuid4().hex[:12]}"
+        self.protocol = scheme or f"listed-{uuid.uuid4().hex[:12]}"
         self._files = {parse_uri(file.uri).path: file for file in files}
 
     def uri(self, file: StoredFile) -> str:

@@ -8,12 +8,11 @@ import hashlib
 import os
 import pickle
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import s3fs
@@ -21,11 +20,12 @@ from fsspec.asyn import get_loop
 
 from fcos_ray import storage
 from fcos_ray.errors import FetchError
-from fcos_ray.inputs import fetch
+from fcos_ray.inputs import fetch, outages
 from fcos_ray.inputs.fetch import FetchPolicy, fetch_many, reason_to_refuse
 from fcos_ray.types import Content
 from tests.conftest import s3_environment
 from tests.rgw import RgwServer
+from tests.s3_faults import Request
 
 
 def one(uri: str, **policy: object) -> Content | FetchError:
@@ -39,81 +39,6 @@ def code(result: Content | FetchError) -> str:
     pickle.loads(pickle.dumps(result))
     assert "\n" not in result.message
     return result.code
-
-
-@pytest.fixture
-def fresh_client() -> Iterator[None]:
-    s3fs.S3FileSystem.clear_instance_cache()
-    yield
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
-class Network:
-    """A proxy before the S3 server. `treat(n)`: request n is to pass, 503, stall, truncate, drop or have no length."""
-
-    def __init__(self, endpoint: str, treat: Callable[[int], str]) -> None:
-        self.upstream = endpoint.removeprefix("http://").split(":")
-        self.treat, self.requests, self._lock = treat, 0, threading.Lock()
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.stopped = threading.Event()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self.listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with client:
-            request = b""
-            while not request.endswith(b"\r\n\r\n"):
-                if not (got := client.recv(65536)):
-                    return
-                request += got
-            with self._lock:
-                number, self.requests = self.requests, self.requests + 1
-            what = self.treat(number)
-            if what == "503":
-                body = b"<Error><Code>SlowDown</Code><Message>slow down</Message></Error>"
-                client.sendall(
-                    b"HTTP/1.1 503 Slow\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-                )
-            elif what == "stall":
-                self.stopped.wait(30)
-            elif what != "drop":
-                answer = self._forward(request.removesuffix(b"\r\n") + b"Connection: close\r\n\r\n")
-                if what == "no length":
-                    answer = answer.replace(b"Content-Length:", b"X-Length:")
-                client.sendall(answer[:-10] if what == "truncate" else answer)
-
-    def _forward(self, request: bytes) -> bytes:
-        with socket.create_connection((self.upstream[0], int(self.upstream[1]))) as server:
-            server.sendall(request)
-            return b"".join(iter(lambda: server.recv(65536), b""))
-
-
-@pytest.fixture
-def network(
-    s3_server: RgwServer,
-    monkeypatch: pytest.MonkeyPatch,
-    fresh_client: None,
-) -> Iterator[Callable[[Callable[[int], str]], Network]]:
-    made: list[Network] = []
-
-    def make(treat: Callable[[int], str]) -> Network:
-        made.append(Network(s3_server.endpoint, treat))
-        monkeypatch.setenv("AWS_ENDPOINT_URL", made[-1].url)
-        s3fs.S3FileSystem.clear_instance_cache()
-        return made[-1]
-
-    yield make
-    for proxy in made:
-        proxy.stopped.set()
-        proxy.listener.close()
 
 
 def test_hundreds_of_objects_come_back_once_each(s3_bucket: str) -> None:
@@ -165,52 +90,106 @@ def test_what_the_store_denies_or_lacks_is_told_apart(
     assert code(one(f"{s3_bucket}/x")) == "fetch_failed"
 
 
-@pytest.mark.parametrize("trouble", ["503", "truncate", "drop"])
-def test_trouble_is_tried_again_and_counted(s3_bucket: str, network, trouble: str) -> None:
+@pytest.mark.parametrize("trouble", ["503", "truncate", "reset"])
+def test_trouble_is_tried_again_and_counted(s3_bucket: str, s3_faults, trouble: str) -> None:
     storage.create(f"{s3_bucket}/x", b"x" * 1000)
-    proxy = network(lambda n: trouble if n < 2 else "pass")
+    proxy = s3_faults(lambda request: trouble if request.number < 2 else "pass")
     content = one(f"{s3_bucket}/x")
     assert isinstance(content, Content), content
-    assert (content.data, proxy.requests) == (b"x" * 1000, 3)
+    assert (content.data, proxy.num_requests) == (b"x" * 1000, 3)
     # aiohttp 3.14 itself asks once more when a connection closes without a word.
-    assert content.attempts == (2 if trouble == "drop" else 3)
+    assert content.attempts == (2 if trouble == "reset" else 3)
 
 
-def test_the_byte_cap_holds_when_the_store_announces_no_length(s3_bucket: str, network) -> None:
+def test_the_byte_cap_holds_when_the_store_announces_no_length(s3_bucket: str, s3_faults) -> None:
     storage.create(f"{s3_bucket}/x", b"x" * 1000)
-    network(lambda _: "no length")
+    s3_faults(lambda _: "no length")
     assert code(one(f"{s3_bucket}/x", max_bytes=999)) == "too_large"
     assert one(f"{s3_bucket}/x", max_bytes=1000).data == b"x" * 1000
 
 
-def test_trouble_that_lasts_is_a_transient_error(s3_bucket: str, network) -> None:
-    proxy = network(lambda _: "503")
+def test_an_object_that_fails_while_its_store_answers_is_a_transient_error(s3_bucket: str, s3_faults) -> None:
+    proxy = s3_faults(lambda request: "503" if request.verb == "GET" else "pass")
     failed = one(f"{s3_bucket}/x", max_attempts=3)
     assert code(failed) == "fetch_failed"
     assert failed.transient
-    assert proxy.requests == 3
+    assert proxy.requests == {"GET": 3 + 3, "HEAD": 1}, "three more once the store has answered"
+    assert "failed 6 times, last: " in failed.message
     assert "slow down" in failed.message
 
 
-def test_a_stalled_store_is_left_within_the_deadline(s3_bucket: str, network) -> None:
-    proxy = network(lambda _: "stall")
+def test_an_object_that_stalls_is_left_within_two_deadlines(s3_bucket: str, s3_faults) -> None:
+    proxy = s3_faults(lambda request: "stall" if request.verb == "GET" else "pass")
     storage.s3().connect()  # making the first client takes a second on a busy box
     start = time.monotonic()
-    failed = one(f"{s3_bucket}/x", timeout_seconds=0.3, deadline_seconds=2)
-    assert time.monotonic() - start < 4
+    failed = one(f"{s3_bucket}/x", timeout_seconds=0.3, deadline_seconds=1)
+    assert time.monotonic() - start < 2 + 3
     assert code(failed) == "fetch_timeout"
-    assert proxy.requests >= 2
+    assert proxy.requests["GET"] >= 3
 
 
-def test_at_most_concurrency_are_in_flight_or_waiting(s3_bucket: str, network) -> None:
+@pytest.mark.parametrize("trouble", ["503", "reset", "stall"])
+def test_a_store_that_answers_nothing_is_told_from_a_failing_object(s3_bucket: str, s3_faults, trouble: str) -> None:
+    proxy = s3_faults(lambda _: trouble)
+    storage.s3().connect()
+    start = time.monotonic()
+    failed = one(f"{s3_bucket}/x", timeout_seconds=0.3, deadline_seconds=2, max_attempts=2)
+    assert time.monotonic() - start < 2 + 5
+    assert code(failed) == "store_unavailable"
+    assert failed.transient
+    assert proxy.requests["HEAD"] >= 3, "one question may be lost to the ordinary trouble of a busy store"
+
+
+def test_an_outage_that_ends_in_time_is_not_blamed_on_the_object(s3_bucket: str, s3_faults) -> None:
     storage.create(f"{s3_bucket}/x", b"x")
-    proxy = network(lambda _: "pass")
+    s3_faults(lambda request: "503" if request.number < 4 else "pass")  # two GETs, two questions
+    content = one(f"{s3_bucket}/x", max_attempts=2)
+    assert isinstance(content, Content), content
+    assert content.attempts == 3
+
+
+def test_attempts_are_counted_as_made_when_the_deadline_cuts_them_off(s3_bucket: str, s3_faults) -> None:
+    storage.create(f"{s3_bucket}/x", b"x")
+    gets: list[Request] = []
+
+    def treat(request: Request) -> str:
+        gets.extend([request] * (request.verb == "GET"))
+        return "stall" if request.verb == "GET" and len(gets) == 1 else "pass"
+
+    s3_faults(treat)
+    storage.s3().connect()
+    content = one(f"{s3_bucket}/x", timeout_seconds=5, deadline_seconds=1)
+    assert isinstance(content, Content), content
+    assert content.attempts == 2
+
+
+def test_a_store_that_denies_the_question_answers(s3_server: RgwServer, s3_bucket: str, s3_faults, monkeypatch) -> None:
+    for name, value in s3_environment(s3_server, s3_server.stranger).items():
+        monkeypatch.setenv(name, value)
+    s3_faults(lambda request: "500" if request.verb == "GET" else "pass")
+    assert code(one(f"{s3_bucket}/x", max_attempts=1)) == "fetch_failed"
+
+
+def test_a_folder_that_is_away_is_told_from_a_failing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(*_: object) -> None:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(fetch, "_read_local", stale)
+    policy = {"allow_roots": (str(tmp_path),), "max_attempts": 1}
+    assert code(one(str(tmp_path / "x"), **policy)) == "fetch_failed"
+    monkeypatch.setattr(outages, "os", SimpleNamespace(stat=stale))
+    assert code(one(str(tmp_path / "x"), **policy)) == "store_unavailable"
+
+
+def test_at_most_concurrency_are_in_flight_or_waiting(s3_bucket: str, s3_faults) -> None:
+    storage.create(f"{s3_bucket}/x", b"x")
+    proxy = s3_faults(lambda _: "pass")
     results = fetch_many([f"{s3_bucket}/x"] * 20, FetchPolicy(concurrency=3))
     next(results)
     time.sleep(0.5)
-    assert proxy.requests == 3
+    assert proxy.num_requests == 3
     assert len(list(results)) == 19
-    assert proxy.requests == 20
+    assert proxy.num_requests == 20
 
 
 def tasks_on_the_loop() -> int:
@@ -220,9 +199,9 @@ def tasks_on_the_loop() -> int:
     return asyncio.run_coroutine_threadsafe(count(), get_loop()).result(5)
 
 
-def test_closing_early_leaves_nothing_behind(s3_bucket: str, network, caplog: pytest.LogCaptureFixture) -> None:
+def test_closing_early_leaves_nothing_behind(s3_bucket: str, s3_faults, caplog: pytest.LogCaptureFixture) -> None:
     storage.create(f"{s3_bucket}/x", b"x")
-    network(lambda n: "pass" if n == 0 else "stall")
+    s3_faults(lambda request: "pass" if request.number == 0 else "stall")
     results = fetch_many([f"{s3_bucket}/x"] * 50, FetchPolicy(concurrency=8))
     assert isinstance(next(results)[1], Content)
     assert tasks_on_the_loop() == 7

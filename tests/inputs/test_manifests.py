@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from fcos_ray import storage
-from fcos_ray.errors import ManifestError
+from fcos_ray.errors import ManifestError, StorageError
 from fcos_ray.inputs.manifests import find_sources
 from tests.inputs.planning import json_array, jsonl, parquet, plan, put, text
+from tests.s3_faults import Request, Trouble, spread
 
 Write = Callable[..., Path]
 URIS = ["a.jpg", "b.jpg", "c.jpg"]
@@ -94,6 +95,43 @@ def test_manifests_in_s3_are_read_in_every_format(s3_bucket: str, tmp_path: Path
     assert planned.column("uri") == wanted
     assert planned.column("n") == [1, 2, None, None, None]
     assert planned.column("t") == [None, None, "007", None, None]
+
+
+def test_manifests_are_read_through_a_store_that_fails_three_times_in_ten(s3_bucket: str, s3_faults) -> None:
+    for suffix, content in HOW_TO_WRITE.items():
+        storage.create(f"{s3_bucket}/m/x{suffix}", content.replace("a.jpg", f"a{suffix}").encode())
+    put(f"{s3_bucket}/m/x.parquet", pa.table({"uri": ["p.jpg"]}))
+    wanted = plan(f"{s3_bucket}/m/*", pinned=f"{s3_bucket}/undisturbed", drop_duplicates=True).column("uri")
+    injected = 0
+    for seed in range(4):
+        proxy = s3_faults(Trouble(spread(0.3, stalls=0), seed=seed))
+        found = plan(f"{s3_bucket}/m/*", pinned=f"{s3_bucket}/{seed}", drop_duplicates=True).column("uri")
+        assert found == wanted
+        injected += proxy.injected.total()
+    assert injected > 10
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".txt", ".parquet"])
+def test_a_store_that_goes_away_while_duckdb_reads_is_not_the_manifests_fault(
+    s3_bucket: str, s3_faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    uri = f"{s3_bucket}/x{suffix}"
+    if suffix == ".parquet":
+        put(uri, pa.table({"uri": ["p.jpg"]}))
+    else:
+        storage.create(uri, HOW_TO_WRITE[suffix].encode())
+    monkeypatch.setattr("fcos_ray.storage.retries.backoff_seconds", lambda _: 0.0)
+    seen: list[str] = []
+
+    def treat(request: Request) -> str:  # what is read before DuckDB reads: a header, or the schema
+        seen.append(request.verb)
+        return (
+            "503" if request.verb == "GET" and seen.count("GET") > {".csv": 1, ".parquet": 1}.get(suffix, 0) else "pass"
+        )
+
+    s3_faults(treat)
+    with pytest.raises(StorageError, match=rf"reading {uri}: failed 12 times, last: .*slow down"):
+        plan(uri, pinned=tmp_path / "pinned")
 
 
 def test_what_is_missing_in_s3_is_named(s3_bucket: str) -> None:

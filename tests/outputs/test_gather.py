@@ -104,3 +104,20 @@ def test_any_schedule_with_repeats_gives_every_shard_once_and_whole(seed: int) -
     assert got == firsts
     assert sum(s.rows.num_rows for s in finished) == len(every)
     assert gather.num_open == 0
+
+
+@pytest.mark.parametrize(
+    ("codes", "limit", "may"),
+    [
+        (["fetch_failed"], 0.1, True),
+        (["fetch_failed", "fetch_timeout"], 0.1, False),
+        (["not_found", "corrupt"], 0.0, True),
+        (["store_unavailable"], 0.1, False),
+        (["store_unavailable"], 0.99, False),
+        (["store_unavailable"] * 10, 1.0, True),
+    ],
+)
+def test_few_transient_errors_may_be_committed_but_none_of_an_outage(codes: list[str], limit: float, may: bool) -> None:
+    table = [{"shard": 0, "row": n, "error_code": code} for n, code in enumerate([*codes, *[None] * (10 - len(codes))])]
+    [whole] = Gather({0: 10}).add(pa.Table.from_pylist(table, RESULT_SCHEMA))
+    assert whole.may_commit(max_transient_fraction=limit) is may
