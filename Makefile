@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+ROUNDS ?= 20
+SEED ?= 1
+IMAGES ?= 2000
 
 .PHONY: help install demo test test-fast lint chaos readme clean
 
@@ -25,8 +28,9 @@ test: install  ## every test that this machine can run: pure, S3 server, Ray, ki
 test-fast: install  ## the pure tests, under a minute or so
 	$(BIN)/python -m pytest -m "not s3 and not ray and not chaos"
 
-chaos: install  ## only the kills and the failing store; CHAOS_IMAGES=2000 for the long version (about half an hour)
-	$(BIN)/python -m pytest -m chaos
+chaos: install  ## kills, stops, a failing store, an outage of two minutes: an hour or more. ROUNDS=20 SEED=1 IMAGES=2000
+	$(BIN)/python -m tests.chaos.harness --rounds $(ROUNDS) --seed $(SEED)
+	CHAOS_IMAGES=$(IMAGES) $(BIN)/python -m pytest -rP tests/chaos
 
 readme: install  ## the README's settings table, from the definition
 	$(BIN)/python tests/test_readme.py

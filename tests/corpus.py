@@ -15,7 +15,7 @@ from fcos_ray import JobConfig, storage
 from fcos_ray.types import Detections, Image
 
 # FCOS for real, on few pixels; one detector and two loaders: each is a process that imports torch for seconds.
-SMALL_MODEL = {"weights": "random:1", "min_size": 96, "max_size": 160, "num_detectors": 1, "load_cpus": 0.5}
+SMALL_MODEL = {"weights": "sample", "min_size": 96, "max_size": 160, "num_detectors": 1, "load_cpus": 0.5}
 
 
 class PixelDetector:

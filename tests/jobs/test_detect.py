@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fcos_ray.sample import write_sample
+from jobs import detect
 from tests.corpus import SMALL_MODEL, files_of, write_manifest
 from tests.processes import flags, run_job
 
@@ -20,6 +23,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     write_sample(folder, num_images=12, seed=2, num_broken=3)
     return folder
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """What a job does with signals ends with the test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
@@ -37,23 +49,34 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_and_ends_with_2(
-    corpus: Path, tmp_path: Path, arguments: list[str], words: str
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    own_signals: None,
+    arguments: list[str],
+    words: str,
 ) -> None:
-    good = {"manifest": corpus / "manifest.parquet", "output": tmp_path / "out", "weights": "random:1"}
+    good = {"manifest": corpus / "manifest.parquet", "output": tmp_path / "out", "weights": "sample"}
     for name in list(good):
         if f"--{name}" in arguments:
             del good[name]
-    done = run_job("detect", *flags(**good), *arguments)
-    assert done.returncode == 2, done.stderr
-    last = done.stderr.splitlines()[-1]
+    assert detect.main([*flags(**good), *arguments]) == 2
+    said = capsys.readouterr()
+    last = said.err.splitlines()[-1]
     assert last.startswith("error: ")
     assert words in last
-    assert done.stdout == ""
+    assert said.out == ""
     assert not (tmp_path / "out").exists()
 
 
+def test_a_mistake_ends_the_process_with_2(corpus: Path, tmp_path: Path) -> None:
+    done = run_job("detect", *flags(manifest=corpus / "none.parquet", output=tmp_path / "out", weights="sample"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"error: manifest {corpus}/none.parquet: no such file" in done.stderr
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(corpus: Path, tmp_path: Path) -> None:
-    job = flags(manifest=corpus / "manifest.parquet", output=tmp_path / "out", shard_rows=4, weights="random:1")
+    job = flags(manifest=corpus / "manifest.parquet", output=tmp_path / "out", shard_rows=4, weights="sample")
     done = run_job("detect", *job, "--dry-run")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)

@@ -33,7 +33,7 @@ def test_a_corpus_is_listed_and_the_last_line_sums_it_up(corpus: Path, tmp_path:
     }  # fmt: skip
     assert [row["image_id"] for row in rows if row["width"] is None] == ["images/tiny.jpg"]
     planned = run_job(
-        "detect", *flags(manifest=output, output=tmp_path / "out", weights="random:1", allow_root=corpus), "--dry-run",
+        "detect", *flags(manifest=output, output=tmp_path / "out", weights="sample", allow_root=corpus), "--dry-run",
         "--partition-by", "date:content_last_modified",
     )  # fmt: skip
     assert planned.returncode == 0, planned.stderr

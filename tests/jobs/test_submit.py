@@ -117,7 +117,7 @@ def test_a_submitted_job_labels_a_bucket(head: Head, corpus: str, s3_bucket: str
 
 
 def test_a_bad_manifest_ends_the_job_with_2(head: Head, s3_bucket: str) -> None:
-    submit(head, "bad", *flags(manifest=f"{s3_bucket}/none.parquet", output=f"{s3_bucket}/out", weights="random:1"))
+    submit(head, "bad", *flags(manifest=f"{s3_bucket}/none.parquet", output=f"{s3_bucket}/out", weights="sample"))
     assert head.info("bad") == {"status": "FAILED", "exit_code": 2}
     assert "none.parquet: no such file" in head.ask("logs", "bad").stdout
 

@@ -1,0 +1,26 @@
+"""A short chaos: two rounds of hits. `make chaos` has as many as you like."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.chaos import harness
+from tests.chaos.hits import HITS
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+def test_two_rounds_of_chaos_end_as_if_nothing_had_happened() -> None:
+    assert harness.main(rounds=2, seed=3) == 0
+
+
+def test_every_hit_has_its_turn_before_any_comes_again() -> None:
+    plan = harness.plan_rounds(20, random.Random(1))
+    hits = [kind for kinds in plan for kind in kinds]
+    assert {len(kinds) for kinds in plan} == {2, 3}
+    for start in range(0, len(hits) - len(HITS), len(HITS)):
+        assert sorted(hits[start : start + len(HITS)]) == sorted(HITS)
+    assert plan == harness.plan_rounds(20, random.Random(1)), "a seed is a plan"
+    assert plan != harness.plan_rounds(20, random.Random(2))
