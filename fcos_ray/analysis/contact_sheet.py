@@ -19,6 +19,7 @@ from fcos_ray import storage
 from fcos_ray.analysis.dataset import open_dataset
 from fcos_ray.errors import DecodeError, OutputError
 from fcos_ray.inputs.decode import decode
+from fcos_ray.inputs.scans import store_failure
 
 _COLUMNS: Final = (
     "image_id", "uri", "status", "error_code", "width", "height", "boxes", "labels", "label_names", "scores",
@@ -86,7 +87,7 @@ def _choose(output: str, *, num_images: int, seed: int) -> list[dict[str, Any]]:
             for status in ("ok", "error")
         )
     except duckdb.Error as error:
-        raise OutputError(f"{output} cannot be read: {error}") from error
+        raise store_failure(error) or OutputError(f"{output} cannot be read: {error}") from error
     if not ok and not failed:
         raise OutputError(f"{output} holds no rows to draw")
     num_failed = min(len(failed), max(num_images // _ERROR_SHARE, num_images - len(ok)))

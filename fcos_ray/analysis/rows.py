@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from fcos_ray import storage
 from fcos_ray.errors import OutputError
+from fcos_ray.inputs.scans import store_failure
 
 if TYPE_CHECKING:
     import pandas
@@ -42,15 +43,16 @@ class Rows:
         return self.query(_connect() if connection is None else connection)
 
     def to_batches(self, *, max_rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
-        """A stream of record batches with `schema`, for more rows than memory holds. Raises OutputError when reading fails."""
+        """A stream of record batches with `schema`, for more rows than memory holds. Raises OutputError, StorageError."""
         try:
             for batch in self.to_duckdb().to_arrow_reader(max_rows):
                 yield batch.cast(self.schema)
         except (duckdb.Error, OSError) as error:  # Arrow's reader hands on as OSError what DuckDB raises in mid-stream
-            raise OutputError(f"{self.source} cannot be read: {storage.without_userinfo(str(error))}") from error
+            unreadable = OutputError(f"{self.source} cannot be read: {storage.without_userinfo(str(error))}")
+            raise store_failure(error) or unreadable from error
 
     def to_arrow(self) -> pa.Table:
-        """All rows in memory, every type as the job wrote it. Raises OutputError when reading fails."""
+        """All rows in memory, every type as the job wrote it. Raises OutputError, StorageError."""
         return pa.Table.from_batches(self.to_batches(), self.schema)
 
     def to_pandas(self) -> pandas.DataFrame:

@@ -52,14 +52,17 @@ def opened(uri: str) -> IO[bytes]:
 
 
 def unreadable(error: Exception, uris: Sequence[str]) -> ManifestError | StorageError:
-    """Which file cannot be read and why, in one line, without DuckDB's advice on options that nobody can set here.
-
-    A store that failed is not the manifest's fault: of what a filesystem raised, DuckDB keeps the traceback's text (2.0).
-    """
+    """Which file cannot be read and why, in one line, without DuckDB's advice on options that nobody can set here."""
+    if failed := store_failure(error):  # not the manifest's fault
+        return failed
     text = str(error)
-    if failed := re.search(r"^(?:\w+\.)*StorageError: (.*)", text, re.MULTILINE):
-        return StorageError(failed[1])
     named = max((uri for uri in uris if uri in text), key=len, default=uris[0] if len(uris) == 1 else "a manifest")
     kept = re.split(r"\n\s*(?:Possible|Try |LINE \d|file = )", text, maxsplit=1)[0]
     words = re.sub(r"^[A-Z]\w+( Input| Error)+: ", "", " ".join(kept.split()))
     return ManifestError(f"{named} cannot be read: {storage.without_userinfo(words)[:500]}")
+
+
+def store_failure(error: Exception) -> StorageError | None:
+    """The StorageError behind an error of DuckDB, which keeps of what a filesystem raised the traceback's text (2.0)."""
+    found = re.search(r"^(?:\w+\.)*StorageError: (.*)", str(error), re.MULTILINE)
+    return StorageError(found[1]) if found else None

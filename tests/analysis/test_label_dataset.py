@@ -16,7 +16,7 @@ import pytest
 
 import fcos_ray as fr
 from fcos_ray import storage
-from fcos_ray.errors import OutputError
+from fcos_ray.errors import OutputError, StorageError
 from fcos_ray.outputs.schema import DATA_SCHEMA
 from tests.analysis.conftest import TwoRuns
 from tests.analysis.written import LABELLING, write_run
@@ -459,3 +459,17 @@ def test_an_output_in_a_bucket_opens_like_one_on_a_disk(s3_bucket: str, tmp_path
 def test_a_bucket_that_is_not_there_is_named(s3_bucket: str) -> None:
     with pytest.raises(OutputError, match=r"missing-bucket.*check the uri"):
         fr.open_dataset("s3://missing-bucket-0/out")
+
+
+def test_a_store_that_goes_away_while_rows_are_read_is_a_storage_error(
+    s3_bucket: str, s3_faults: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcos_ray.storage.retries.backoff_seconds", lambda _: 0.0)
+    write_run(f"{s3_bucket}/out", 1, {"image_id": ["a", "b", "c"]}, tmp_path)
+    proxy = s3_faults(lambda _: "pass")
+    rows = fr.open_dataset(f"{s3_bucket}/out").latest()
+    proxy.down = True
+    with pytest.raises(StorageError, match=rf"^reading {s3_bucket}/out/detections/.*: failed 12 times"):
+        rows.to_arrow()
+    proxy.down = False
+    assert sorted(rows.to_arrow()["image_id"].to_pylist()) == ["a", "b", "c"]
