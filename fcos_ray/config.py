@@ -52,6 +52,10 @@ class JobConfig(Settings):
     allow_root: list[str] = Field(
         [], description="Local folders below which images may be read (default: the folder of a local manifest)"
     )
+    allow_http: bool = Field(False, description="Also read http:// and https:// images")
+    allow_private_hosts: CliSuppress[bool] = Field(
+        False, description="Let http(s) images come from private, loopback and link-local addresses"
+    )
     shard_rows: Annotated[int, Field(ge=1, le=32_768)] | None = Field(
         None, description="Rows per output file (default: rows/500, from 64 to 32,768)"
     )

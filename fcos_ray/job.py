@@ -207,7 +207,7 @@ class _Job:
 
     def label(self, record: Mapping[str, Any], started: float) -> RunSummary:
         """Label a pinned run's missing shards, audit, and mark it finished."""
-        self._check_roots(record)
+        self._check_allowed(record)
         pinned = _pinned_run(self.output, record, self.request.labelling)
         with ray_session() as cluster:
             layout = self._layout(cluster, record["num_rows"])
@@ -236,8 +236,8 @@ class _Job:
         runs.create_success(self.output, record["run_id"], asdict(summary) | about)
         return summary
 
-    def _check_roots(self, record: Mapping[str, Any]) -> None:
-        """An open run was planned to read below these folders; without them its rows would become error rows now."""
+    def _check_allowed(self, record: Mapping[str, Any]) -> None:
+        """An open run was planned to read from these places; without them its rows would become error rows now."""
         mine = [Path(root) for root in self.fetch_policy.allow_roots]
         lost = [r for r in record["allow_roots"] if not any(Path(r).is_relative_to(root) for root in mine)]
         if lost:
@@ -245,6 +245,11 @@ class _Job:
             raise ConfigError(
                 f"run {record['run_id']} is open and reads images below {lost[0]}; to finish it, add {flags}"
             )
+        places = {"allow_http": "http(s) images", "allow_private_hosts": "http(s) images from private hosts"}
+        for setting, images in places.items():
+            if record["settings"].get(setting) and not getattr(self.config, setting):
+                flag = "--" + setting.replace("_", "-")
+                raise ConfigError(f"run {record['run_id']} is open and reads {images}; to finish it, add {flag}")
 
     def _layout(self, cluster: Cluster, num_rows: int) -> Layout:
         config = self.config
@@ -316,6 +321,8 @@ def _fetch_policy(config: JobConfig, sources: Sequence[Source]) -> FetchPolicy:
     return FetchPolicy(
         # Both spellings: uris are held against the root as it was given, and against the real one when they are read.
         allow_roots=tuple(dict.fromkeys(str(p) for root in roots for p in (root.absolute(), root.resolve()))),
+        allow_schemes=("s3", "file", *(("http", "https") if config.allow_http else ())),
+        allow_private_hosts=config.allow_private_hosts,
         max_bytes=config.max_image_bytes,
         timeout_seconds=config.fetch_timeout_seconds,
         deadline_seconds=config.fetch_deadline_seconds,

@@ -21,6 +21,7 @@ HIDDEN = [
     if any(type(m) is type(CliSuppress[int].__metadata__[0]) for m in field.metadata)  # type: ignore[attr-defined]
 ]
 VALUES: dict[str, tuple[str, Any]] = {  # hidden setting: as a flag, as a value
+    "allow_private_hosts": ("", True),
     "max_files": ("5", 5), "image_mean": ("0,0.5,1", (0, 0.5, 1)), "image_std": ("[1,1,1]", (1, 1, 1)),
     "topk_candidates": ("9", 9), "max_micro_batch": ("3", 3),
     "fetch_timeout_seconds": ("1.5", 1.5), "fetch_deadline_seconds": ("2", 2.0), "fetch_max_attempts": ("1", 1),
@@ -156,7 +157,7 @@ def test_help_lists_every_visible_setting_and_ends_well(capsys: pytest.CaptureFi
     assert end.value.code == 0
     shown = set(re.findall(r"^  --([a-z-]+)", capsys.readouterr().out, re.MULTILINE))
     assert shown == {name.replace("_", "-") for name in JobConfig.model_fields if name not in HIDDEN} | {"config"}
-    assert len(shown) <= 29
+    assert len(shown) <= 30
 
 
 def test_help_does_not_repeat_defaults_that_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,7 +171,8 @@ def test_help_does_not_repeat_defaults_that_say_nothing(capsys: pytest.CaptureFi
 def test_every_hidden_setting_is_a_flag_too() -> None:
     assert set(HIDDEN) == set(VALUES)
     for name, (flag, value) in VALUES.items():
-        assert getattr(load_config([*NEEDED, f"--{name.replace('_', '-')}", flag]), name) == value
+        arguments = [f"--{name.replace('_', '-')}", *([flag] if flag else [])]
+        assert getattr(load_config([*NEEDED, *arguments]), name) == value
 
 
 def test_every_setting_has_a_description() -> None:

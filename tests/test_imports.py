@@ -29,6 +29,7 @@ AT_HOME = {  # library: where it may be imported
         "outputs.runs",
     ),
     "ray": ("pipeline", "roll", "execution", "session", "job", "analysis.rows"),
+    "aiohttp": ("storage.retries", "inputs.http"),
     "fsspec": ("storage", "inputs.fetch"),
     "pydantic": ("settings", "config", "training.config"),
     "faster_coco_eval": ("analysis.coco_metric",),

@@ -1,7 +1,7 @@
 """Fetch: uri -> bytes. Knows networks and object stores, not images.
 
 All reading happens on s3fs's own event loop; whoever iterates over `fetch_many` only hashes and waits. Linux only: local
-files are opened through O_PATH and /proc.
+files are opened through O_PATH and /proc. http.py has the web.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from fsspec.asyn import get_loop
 
 from fcos_ray import storage
 from fcos_ray.errors import FetchError
+from fcos_ray.inputs.hosts import WEB_SCHEMES, refused_literal, web_address
+from fcos_ray.inputs.http import TryLater, read_http
 from fcos_ray.inputs.outages import store_answers
 from fcos_ray.types import Content
 
@@ -47,7 +49,8 @@ class FetchPolicy:
     """What may be read, and how long to try."""
 
     allow_roots: tuple[str, ...] = ()  # absolute local folders below which files may be read; none by default
-    allow_schemes: tuple[str, ...] = _SCHEMES
+    allow_schemes: tuple[str, ...] = _SCHEMES  # "http" and "https" may stand here too
+    allow_private_hosts: bool = False  # http(s) from private, loopback and link-local addresses
     max_bytes: int = 256 * 2**20  # of one image
     head_bytes: int | None = None  # read only so many from the start, however large the image is
     timeout_seconds: float = 30.0  # one attempt
@@ -56,9 +59,10 @@ class FetchPolicy:
     concurrency: int = 32  # images in flight, or read and not yet taken
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.allow_schemes) - set(_SCHEMES))
+        known = (*_SCHEMES, *WEB_SCHEMES)
+        unknown = sorted(set(self.allow_schemes) - set(known))
         if unknown:
-            raise ValueError(f"allow_schemes may hold {', '.join(_SCHEMES)}, got {', '.join(unknown)}")
+            raise ValueError(f"allow_schemes may hold {', '.join(known)}, got {', '.join(unknown)}")
         if min(self.max_bytes, self.max_attempts, self.concurrency) < 1:
             raise ValueError("max_bytes, max_attempts and concurrency must be at least 1")
 
@@ -66,16 +70,20 @@ class FetchPolicy:
 def reason_to_refuse(uri: str, policy: FetchPolicy) -> str | None:
     """Why the settings forbid reading this uri, without looking at any disk or network; None when they do not.
 
-    Short, few and without the uri, so that a plan can count them. Links are followed, and checked again, when reading.
+    Short, few and without the uri, so that a plan can count them. Links, host names and redirects are followed, and
+    checked again, when reading.
     """
     if "://" not in uri and not uri.startswith("/"):
         return "malformed: neither an absolute path nor a uri with a scheme"
     try:
         location = storage.parse_uri(uri)
+        if location.scheme not in policy.allow_schemes:
+            hint = ": --allow-http" if location.scheme in WEB_SCHEMES else ""
+            return f"scheme {location.scheme} is not allowed{hint}"
+        if location.scheme in WEB_SCHEMES:
+            return refused_literal(web_address(location), allow_private=policy.allow_private_hosts)
     except storage.InvalidUri as error:
         return f"malformed: {error}"
-    if location.scheme not in policy.allow_schemes:
-        return f"scheme {location.scheme} is not allowed"
     if location.scheme == "s3" and not location.path.partition("/")[2]:
         return "malformed: a bucket without a key"
     if location.scheme == "file" and not any(_is_below(location.path, root) for root in policy.allow_roots):
@@ -176,7 +184,7 @@ async def _fetch(uri: str, policy: FetchPolicy) -> _Fetched | FetchError:
         return FetchError("uri_refused", reason)
     location = storage.parse_uri(uri)
     fetched = await _attempts(location, policy)
-    if isinstance(fetched, _UsedUp):
+    if isinstance(fetched, _UsedUp) and location.scheme not in WEB_SCHEMES:  # of the web nobody can be asked
         root = next((root for root in policy.allow_roots if _is_below(location.path, root)), None)
         if not await store_answers(location, root=root, timeout_seconds=policy.timeout_seconds):
             return FetchError("store_unavailable", f"{fetched.message}; its store does not answer either")
@@ -189,12 +197,12 @@ async def _attempts(
     location: storage.Location, policy: FetchPolicy, *, before: int = 0, num_attempts: int | None = None
 ) -> _Fetched | FetchError | _UsedUp:
     """Attempts within a deadline; `before` were made before them."""
-    attempt, last = before, "no answer"
+    attempt, last, asked_to_wait = before, "no answer", 0.0
     try:
-        async with asyncio.timeout(policy.deadline_seconds):
+        async with asyncio.timeout(policy.deadline_seconds) as deadline:
             for attempt in range(before + 1, before + (num_attempts or policy.max_attempts) + 1):
                 if attempt > before + 1:
-                    await asyncio.sleep(storage.backoff_seconds(attempt - before - 1))
+                    await asyncio.sleep(max(storage.backoff_seconds(attempt - before - 1), asked_to_wait))
                 try:
                     async with asyncio.timeout(policy.timeout_seconds):
                         return await _read(location, policy, attempt)
@@ -204,12 +212,22 @@ async def _attempts(
                     if not storage.is_transient(error):
                         return _for_good(error)
                     last = storage.describe(error)
+                    asked_to_wait = error.retry_after_seconds if isinstance(error, TryLater) else 0.0
+                    if asked_to_wait > _left(deadline):
+                        waits = f"asks to come back in {asked_to_wait:g} s, after the deadline"
+                        return FetchError("fetch_failed", f"{last}; the host {waits}")
                     if isinstance(error, TimeoutError):
                         last = f"no whole answer within {policy.timeout_seconds:g} s"
     except TimeoutError:
         code, what = "fetch_timeout", f"not read within {policy.deadline_seconds:g} s, in attempt {attempt}"
         return _UsedUp(attempt, code, f"{what}; before: {last}" if attempt > before + 1 else what)
     return _UsedUp(attempt, "fetch_failed", f"failed {attempt} times, last: {last}")
+
+
+def _left(deadline: asyncio.Timeout) -> float:
+    end = deadline.when()
+    assert end is not None
+    return end - asyncio.get_running_loop().time()
 
 
 def _for_good(error: BaseException) -> FetchError:
@@ -231,6 +249,14 @@ def _for_good(error: BaseException) -> FetchError:
 async def _read(location: storage.Location, policy: FetchPolicy, attempt: int) -> _Fetched:
     if location.scheme == "s3":
         return await _read_s3(location.path, policy, attempt)
+    if location.scheme in WEB_SCHEMES:
+        answer = await read_http(
+            location,
+            max_bytes=policy.max_bytes,
+            head_bytes=policy.head_bytes,
+            allow_private=policy.allow_private_hosts,
+        )
+        return _Fetched(answer.data, answer.etag, answer.last_modified, attempt)
     # A thread that hangs on a dead network disk cannot be ended; the deadline leaves it behind.
     return await asyncio.to_thread(_read_local, location.path, policy, attempt)
 

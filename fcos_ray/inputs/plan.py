@@ -258,13 +258,17 @@ def _refused_uris(connection: duckdb.DuckDBPyConnection, settings: PlanSettings)
         f"ORDER BY p.total DESC, p.first LIMIT 10"
     ).fetchall()
     details = "; ".join(
-        f"{count:,} {reason} (such as {', '.join(map(repr, uris))}, first in {file} row {_row_in_file(connection, file, row)})"
+        f"{count:,} {reason} (such as {_named(uris)}, first in {file} row {_row_in_file(connection, file, row)})"
         for reason, count, uris, file, row in reasons
     )
     hint = "--allow-root FOLDER allows a local folder; " if any("root" in reason for reason, *_ in reasons) else ""
     raise ManifestError(
         f"{_number(total, 'uri')} may not be read: {details}. {hint}--refused-uris error makes them error rows"
     )
+
+
+def _named(uris: Sequence[str]) -> str:
+    return ", ".join(repr(storage.for_message(uri)) for uri in uris)
 
 
 def _number(count: int, word: str) -> str:
@@ -288,7 +292,7 @@ def _duplicates(connection: duckdb.DuckDBPyConnection, settings: PlanSettings, *
         "JOIN manifest m ON m.rowid = p.last ORDER BY m.rowid"
     ).fetchall()
     named = "; ".join(
-        f"{image_id!r} {copies} times, last in {file} row {_row_in_file(connection, file, row)}"
+        f"{_named([image_id])} {copies} times, last in {file} row {_row_in_file(connection, file, row)}"
         for image_id, copies, file, row in examples
     )
     raise ManifestError(

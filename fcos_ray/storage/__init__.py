@@ -23,7 +23,7 @@ from fcos_ray.storage.retries import (
     retrying,
 )
 from fcos_ray.storage.scanning import scan_files
-from fcos_ray.storage.uris import InvalidUri, Location, join, parent, parse_uri, without_userinfo
+from fcos_ray.storage.uris import InvalidUri, Location, for_message, join, parent, parse_uri, without_userinfo
 
 __all__ = [
     "MAX_ATTEMPTS",
@@ -41,6 +41,7 @@ __all__ = [
     "exists",
     "expand",
     "filesystem",
+    "for_message",
     "is_transient",
     "join",
     "list_files",

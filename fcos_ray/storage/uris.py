@@ -16,6 +16,7 @@ from urllib.parse import unquote
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _USERINFO = re.compile(r"(?<=://)[^/]*@")
+_WEB_QUERY = re.compile(r"(?i)^(https?://[^?#]*)[?#].*", re.DOTALL)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
 
 
@@ -57,7 +58,9 @@ def parse_uri(uri: str) -> Location:
             raise InvalidUri("holds a control character")
         return Location("file", os.path.normpath(path))
     head = rest.split("/", 1)[0]
-    if "@" in head or "::" in uri:
+    # An IPv6 address has "::" in its brackets, and what follows the host of a web uri is nobody's chain.
+    chained = "::" in (re.sub(r"\[[^]]*\]", "", head) if scheme in ("http", "https") else uri)
+    if "@" in head or chained:
         raise InvalidUri("holds user information or a chained uri")
     if scheme in ("s3", "s3a"):
         if not _BUCKET.fullmatch(head):
@@ -84,3 +87,8 @@ def parent(uri: str) -> str:
 def without_userinfo(uri: str) -> str:
     """The uri as it may be shown: `user:password@` is cut out."""
     return _USERINFO.sub("", uri)
+
+
+def for_message(uri: str) -> str:
+    """The uri as it may stand in a log: a web uri's query is cut too, which may be a signature."""
+    return _WEB_QUERY.sub(r"\1?…", without_userinfo(uri))

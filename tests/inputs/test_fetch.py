@@ -304,7 +304,8 @@ def test_a_stale_handle_is_tried_again(tmp_path: Path, monkeypatch: pytest.Monke
         ("/data/../etc/passwd", "outside the allowed roots"),
         ("file:///data/%2e%2e/etc/passwd", "outside the allowed roots"),
         ("/database/x.jpg", "outside the allowed roots"),
-        ("http://host/x", "scheme http is not allowed"),
+        ("http://host/x", "scheme http is not allowed: --allow-http"),
+        ("ftp://host/x", "scheme ftp is not allowed"),
         ("s3://bucket", "malformed: a bucket without a key"),
         ("x.jpg", "malformed: neither an absolute path nor a uri with a scheme"),
         ("simplecache::file:///etc/hostname", "malformed: neither an absolute path nor a uri with a scheme"),
@@ -327,8 +328,8 @@ def test_refusals_have_short_reasons_without_the_uri(uri: str, reason: str | Non
 def test_a_policy_is_plain_and_checked() -> None:
     policy = FetchPolicy(allow_roots=("/data",))
     assert pickle.loads(pickle.dumps(policy)) == policy
-    with pytest.raises(ValueError, match="allow_schemes may hold s3, file, got http"):
-        FetchPolicy(allow_schemes=("s3", "http"))
+    with pytest.raises(ValueError, match="allow_schemes may hold s3, file, http, https, got ftp"):
+        FetchPolicy(allow_schemes=("s3", "ftp"))
     with pytest.raises(ValueError, match="at least 1"):
         FetchPolicy(concurrency=0)
     assert list(fetch_many([], policy)) == []
