@@ -323,6 +323,8 @@ def test_many_uris_at_once_are_resolved_as_each_alone(roots: tuple[str, ...], sc
         "http://host.example",
         "https://a_b.10.c.example",
         "http://10.0.0.1",
+        "http://host.example:8080",
+        "http://host.example:0",
         "http://host.0x7f",
         f"https://{'a' * 64}.example",
         "#",
@@ -351,7 +353,7 @@ def test_relative_uris_belong_to_the_manifest_they_stand_in(tmp_path: Path) -> N
 
 
 def test_uris_that_may_not_be_read_stop_the_plan_naming_reasons_and_first_rows(tmp_path: Path) -> None:
-    lines = ["ok.jpg", "/etc/passwd", "http://me:secret@host/x", "/etc/shadow", "https://host/y"]
+    lines = ["ok.jpg", "/etc/passwd", "http://me:secret@host/x", "/etc/shadow", "https://host/y?sig=secret"]
     manifest = text(tmp_path / "m.txt", "\n".join(lines))
     message = refusal(manifest)
     assert message.startswith(
@@ -359,6 +361,7 @@ def test_uris_that_may_not_be_read_stop_the_plan_naming_reasons_and_first_rows(t
     )
     assert f"first in {manifest} row 1" in message
     assert f"'http://host/x', first in {manifest} row 2" in message
+    assert "'https://host/y?…'" in message
     assert "secret" not in message
     assert message.endswith("--allow-root FOLDER allows a local folder; --refused-uris error makes them error rows")
 
