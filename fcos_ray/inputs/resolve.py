@@ -15,9 +15,9 @@ from fcos_ray.inputs.fetch import FetchPolicy, reason_to_refuse
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # Uris that need no closer look: no dots before a name, nothing doubled, escaped or signed.
 _PLAIN_RELATIVE: Final = r"^(?:[A-Za-z0-9_-][A-Za-z0-9_.=-]*/)*[A-Za-z0-9_-][A-Za-z0-9_.=-]*$"
-# A name that cannot be a number, no port, printable ASCII without a backslash. RE2 has no look-ahead: four labels of 63
-# stay below the 253 characters of a name.
-_PLAIN_HTTP: Final = r"^https?://(?:[A-Za-z0-9_-]{1,63}\.){1,3}[A-Za-z]{2,24}/[!-\[\]-~]*$"
+# A name that cannot be a number, a port of four digits, printable ASCII without a backslash. Four labels stay below the
+# 253 characters of a name.
+_PLAIN_HTTP: Final = r"^https?://(?:[A-Za-z0-9_-]{1,63}\.){1,3}[A-Za-z]{2,24}(?::[1-9][0-9]{0,3})?/[!-\[\]-~]*$"
 _PLAIN_S3: Final = r"^s3://[A-Za-z0-9][A-Za-z0-9._-]{1,62}/[A-Za-z0-9_.=/-]+$"
 
 

@@ -284,7 +284,7 @@ URIS: dict[str, tuple[str, str, str | None]] = {  # uri: folder of the manifest,
     "s3://other": ("/m", "s3://other", "malformed: a bucket without a key"),
     "s3://me:secret@bucket/k.jpg": ("/m", "s3://bucket/k.jpg", "malformed: holds user information"),
     "http://me:secret@host/x.jpg": ("/m", "http://host/x.jpg", "malformed: holds user information"),
-    "https://host/x.jpg": ("/m", "https://host/x.jpg", "scheme https is not allowed"),
+    "https://host/x.jpg": ("/m", "https://host/x.jpg", "scheme https is not allowed: --allow-http"),
     "simplecache::file:///etc/hostname": ("/data", "simplecache::file:///etc/hostname", "malformed"),
     "foo/bar://x": ("/data", "foo/bar://x", "malformed"),
     " s3://b/k": ("/data", " s3://b/k", "malformed"),
@@ -302,10 +302,10 @@ def test_uris_are_resolved_against_their_manifest_or_refused(uri: str, folder: s
 
 
 @pytest.mark.parametrize("roots", [("/data",), ("/data/m/deep",), ("/",), ()])
-@pytest.mark.parametrize("schemes", [("s3", "file"), ("file",)])
+@pytest.mark.parametrize("schemes", [("s3", "file"), ("file",), ("s3", "file", "http", "https")])
 def test_many_uris_at_once_are_resolved_as_each_alone(roots: tuple[str, ...], schemes: tuple[str, ...]) -> None:
     policy = FetchPolicy(allow_roots=roots, allow_schemes=schemes)
-    folders = {"1": "/data/m", "2": "s3://bucket/m", "3": "/", "4": "s3://bucket"}
+    folders = {"1": "/data/m", "2": "s3://bucket/m", "3": "/", "4": "s3://bucket", "5": "https://host/m"}
     rng = random.Random(0)
     parts = [
         "a",
@@ -320,6 +320,16 @@ def test_many_uris_at_once_are_resolved_as_each_alone(roots: tuple[str, ...], sc
         "s3://bucket",
         "s3://b",
         "s3:",
+        "http://host.example",
+        "https://a_b.10.c.example",
+        "http://10.0.0.1",
+        "http://host.example:8080",
+        "http://host.example:0",
+        "http://host.0x7f",
+        f"https://{'a' * 64}.example",
+        "#",
+        "a\\b",
+        "::",
         "/",
         "?versionId=1",
         "@",
@@ -343,7 +353,7 @@ def test_relative_uris_belong_to_the_manifest_they_stand_in(tmp_path: Path) -> N
 
 
 def test_uris_that_may_not_be_read_stop_the_plan_naming_reasons_and_first_rows(tmp_path: Path) -> None:
-    lines = ["ok.jpg", "/etc/passwd", "http://me:secret@host/x", "/etc/shadow", "https://host/y"]
+    lines = ["ok.jpg", "/etc/passwd", "http://me:secret@host/x", "/etc/shadow", "https://host/y?sig=secret"]
     manifest = text(tmp_path / "m.txt", "\n".join(lines))
     message = refusal(manifest)
     assert message.startswith(
@@ -351,6 +361,7 @@ def test_uris_that_may_not_be_read_stop_the_plan_naming_reasons_and_first_rows(t
     )
     assert f"first in {manifest} row 1" in message
     assert f"'http://host/x', first in {manifest} row 2" in message
+    assert "'https://host/y?…'" in message
     assert "secret" not in message
     assert message.endswith("--allow-root FOLDER allows a local folder; --refused-uris error makes them error rows")
 
