@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic_settings import CliSuppress
 
-from fcos_ray.settings import Fraction, Positive, Seconds, Settings, Triple, load_settings
+from fcos_ray.settings import Fraction, Positive, Seconds, Settings, Sha256, Triple, load_settings
 
 Name = Annotated[str, Field(min_length=1)]
 
@@ -64,6 +64,9 @@ class JobConfig(Settings):
     # The model
     weights: str = Field(
         "COCO_V1", description="COCO_V1, a .pth or .safetensors path or uri, sample (drawn shapes), or random:<seed>"
+    )
+    weights_sha256: Sha256 | None = Field(
+        None, description="Refuse weights whose file has another hash; nothing is parsed from it before"
     )
     num_classes: Annotated[int, Field(ge=2)] | None = Field(
         None, description="Classes with background, where the weights file does not say"

@@ -129,6 +129,7 @@ class _Job:
 
     def __init__(self, config: JobConfig, make_detector: MakeDetector | None) -> None:
         self._make_detector = make_detector
+        _check_no_secrets(config)
         try:
             location = storage.parse_uri(config.output)
         except storage.InvalidUri as error:
@@ -140,7 +141,10 @@ class _Job:
         self.output = location.uri
         find_sources(config.manifest)  # a typo is said before the weights are read
         self._weights = load_weights(
-            config.weights, num_classes=config.num_classes, categories=_categories(config.categories)
+            config.weights,
+            num_classes=config.num_classes,
+            categories=_categories(config.categories),
+            sha256=config.weights_sha256,
         )
         # What the weights decide where no setting does: it is recorded as if it had been set.
         asked = {name: getattr(config, name) for name in INPUT_SETTINGS}
@@ -305,6 +309,17 @@ def _labelling(weights: Weights, config: JobConfig) -> dict[str, Any]:
         "categories": list(weights.categories),
         "settings": config.labelling_settings(),
     }
+
+
+def _check_no_secrets(config: JobConfig) -> None:
+    """Settings are written to run.json and stand in every log: raise ConfigError for uris that hold secrets."""
+    named = [("manifest", uri) for uri in config.manifest] + [("output", config.output), ("weights", config.weights)]
+    for name, uri in named:
+        if what := storage.secret_in(uri):
+            raise ConfigError(
+                f"{name} wanted a uri without secrets, got {storage.without_secrets(uri)}, which {what}; it would be "
+                "written to run.json. Give credentials in the environment, or a copy of the file"
+            )
 
 
 def _categories(given: Sequence[str] | None) -> list[str] | None:

@@ -144,7 +144,7 @@ def _describe_stall(hung: Sequence[AtWork], stages: Stages) -> str:
 
 def _uri(stages: Stages, shard: int, row: int) -> str:
     with suppress(*storage.STORE_ERRORS, StorageError):
-        return storage.for_message(str(read_shard(stages.pinned_folder, stages.files, shard)["uri"][row].as_py()))
+        return storage.without_secrets(str(read_shard(stages.pinned_folder, stages.files, shard)["uri"][row].as_py()))
     return f"row {row} of shard {shard}"
 
 

@@ -18,12 +18,26 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.rgw import Credentials, RgwServer, missing_programs
 from tests.s3_faults import S3Faults, Treat
 
 REQUIRE_SERVERS = os.environ.get("FCOS_RAY_REQUIRE_SERVERS") == "1"
+# The same examples on every machine; FCOS_RAY_FUZZ=20 tries twenty times as many, other ones each time.
+_FUZZ = int(os.environ.get("FCOS_RAY_FUZZ", "0"))
+hypothesis.settings.register_profile(
+    "fcos_ray",
+    max_examples=40 * (_FUZZ or 1),
+    stateful_step_count=25,
+    derandomize=not _FUZZ,
+    deadline=None,  # other suites share the cores
+    database=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("fcos_ray")
 _ORDER = ("s3", "ray", "chaos")  # pure tests first, the dearest last
 
 

@@ -39,7 +39,7 @@ def find_sources(patterns: Sequence[str]) -> list[Source]:
     """The manifest files that paths, uris and globs name, each once, in order. Raises ManifestError."""
     sources: dict[str, Source] = {}
     for pattern in patterns:
-        shown = storage.without_userinfo(pattern)
+        shown = storage.without_secrets(pattern)
         try:
             files = storage.expand(pattern)
         except storage.InvalidUri as error:

@@ -268,7 +268,7 @@ def _refused_uris(connection: duckdb.DuckDBPyConnection, settings: PlanSettings)
 
 
 def _named(uris: Sequence[str]) -> str:
-    return ", ".join(repr(storage.for_message(uri)) for uri in uris)
+    return ", ".join(repr(storage.without_secrets(uri)) for uri in uris)
 
 
 def _number(count: int, word: str) -> str:

@@ -45,7 +45,13 @@ _NO_DETECTOR: Final = (
 )
 
 
-def load_weights(spec: str, *, num_classes: int | None = None, categories: Sequence[str] | None = None) -> Weights:
+def load_weights(
+    spec: str,
+    *,
+    num_classes: int | None = None,
+    categories: Sequence[str] | None = None,
+    sha256: str | None = None,
+) -> Weights:
     """Load and check weights.
 
     `spec`: `COCO_V1` (or `DEFAULT`), torchvision's trained model, from the torch.hub cache or the network; `sample`, a
@@ -55,27 +61,31 @@ def load_weights(spec: str, *, num_classes: int | None = None, categories: Seque
     `num_classes` counts the background, as in torchvision; it is checked against the file.
     `categories` names the labels 1…N-1, or 0…N-1 when the first is the background. Without it: what the file says, else
     COCO's for COCO_V1 and random weights of unsaid size, else class_1, class_2, …
+    `sha256` is the hash that the file must have, in hex: nothing is parsed from other bytes.
 
     Raises WeightsError, and StorageError when a store fails after retries.
     """
     if spec in ("COCO_V1", "DEFAULT"):
-        data, name, given = _read_coco(), "COCO_V1", _Given(categories=tuple(_COCO.meta["categories"]))
+        name, given = "COCO_V1", _Given(categories=tuple(_COCO.meta["categories"]))
+        data = _checked(_read_coco(), name, sha256)
         state = _read_torch(data, name)
     elif spec == "sample":
-        data, name = _SAMPLE.read_bytes(), spec
+        data, name = _checked(_SAMPLE.read_bytes(), spec, sha256), spec
         state, given = _read_safetensors(data, name)
     elif spec.startswith("random:"):
+        if sha256 is not None:
+            raise WeightsError(f"weights {spec} are drawn here and have no file whose sha256 could be {sha256}")
         return _random(spec, num_classes, categories)
     elif (suffix := PurePosixPath(spec).suffix) in (".pth", ".pt"):
-        data, name, given = _read_file(spec), spec, _Given()
+        data, name, given = _checked(_read_file(spec), spec, sha256), spec, _Given()
         state = _read_torch(data, name)
     elif suffix == ".safetensors":
-        data, name = _read_file(spec), spec
+        data, name = _checked(_read_file(spec), spec, sha256), spec
         state, given = _read_safetensors(data, name)
     elif spec.startswith("IMAGENET"):
         raise WeightsError(f"weights {spec!r} {_NO_DETECTOR}")
     else:
-        raise WeightsError(f"weights {spec!r} are unknown: {_WANTED}")
+        raise WeightsError(f"weights {storage.without_secrets(spec)!r} are unknown: {_WANTED}")
     if given.training is not None and given.training.get("steps") == 0:
         raise WeightsError(f"weights {name} are untrained (0 steps); train them, or ask for random:<seed> on purpose")
     found = _check_state(state, name, given.architecture)
@@ -159,12 +169,23 @@ def _read_coco() -> bytes:
 
 
 def _read_file(uri: str) -> bytes:
+    shown = storage.without_secrets(uri)
     try:
         return storage.read_bytes(uri)
     except FileNotFoundError as error:
-        raise WeightsError(f"weights {uri} do not exist: {_WANTED}") from error
+        raise WeightsError(f"weights {shown} do not exist: {_WANTED}") from error
     except (storage.InvalidUri, IsADirectoryError, PermissionError) as error:
-        raise WeightsError(f"weights {uri} cannot be read: {storage.describe(error)}") from error
+        raise WeightsError(f"weights {shown} cannot be read: {storage.describe(error)}") from error
+
+
+def _checked(data: bytes, name: str, wanted: str | None) -> bytes:
+    """The bytes, when their hash is the wanted one. Parsers of files that strangers made are not fed before this."""
+    found = hashlib.sha256(data).hexdigest()
+    if wanted is not None and found != wanted.lower():
+        raise WeightsError(
+            f"weights {name} have the sha256 {found}, wanted {wanted.lower()}: get the file again, or check the hash"
+        )
+    return data
 
 
 def _read_torch(data: bytes, name: str) -> dict[str, Tensor]:

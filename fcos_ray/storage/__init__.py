@@ -23,7 +23,16 @@ from fcos_ray.storage.retries import (
     retrying,
 )
 from fcos_ray.storage.scanning import scan_files
-from fcos_ray.storage.uris import InvalidUri, Location, for_message, join, parent, parse_uri, without_userinfo
+from fcos_ray.storage.uris import (
+    InvalidUri,
+    Location,
+    join,
+    parent,
+    parse_uri,
+    secret_in,
+    without_secrets,
+    without_userinfo,
+)
 
 __all__ = [
     "MAX_ATTEMPTS",
@@ -41,7 +50,6 @@ __all__ = [
     "exists",
     "expand",
     "filesystem",
-    "for_message",
     "is_transient",
     "join",
     "list_files",
@@ -56,6 +64,8 @@ __all__ = [
     "retrying",
     "s3",
     "scan_files",
+    "secret_in",
     "store_answer",
+    "without_secrets",
     "without_userinfo",
 ]

@@ -8,7 +8,11 @@ from typing import Final
 
 import botocore.exceptions as boto  # type: ignore[import-untyped]
 
-_SECRET: Final = re.compile(r"(?<=://)[^/\s@]+(?=@)|(?<=[?&])(?:X-Amz-|AWSAccessKeyId|Signature)[^\s&\"']*")
+# User information (a password may hold `/`, as AWS's keys do; no port follows its `:`), and signed queries.
+_SECRET: Final = re.compile(
+    r"(?<=://)(?:[^/\s@]+(?=@)|[^/:\s]*:(?!\d*(?:/|\s|$))\S*(?=@))"
+    r"|(?<=[?&])(?:X-Amz-|AWSAccessKeyId|Signature)[^\s&\"']*"
+)
 _BY_S3_CODE: Final = {
     "AccessDenied": "these credentials lack the right: allow s3:ListBucket, s3:GetObject and, for an output, s3:PutObject",
     "403": "these credentials lack the right: allow s3:ListBucket, s3:GetObject and, for an output, s3:PutObject",

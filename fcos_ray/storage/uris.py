@@ -15,8 +15,9 @@ from urllib.parse import unquote
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_USERINFO = re.compile(r"(?<=://)[^/]*@")
-_WEB_QUERY = re.compile(r"(?i)^(https?://[^?#]*)[?#].*", re.DOTALL)
+# A password may hold `/`, as AWS's keys do: where a `:` stands that no port follows, up to the last `@`.
+_USERINFO = re.compile(r"(?<=://)(?:[^/:\s]*:(?!\d*(?:/|$))\S*@|[^/]*@)")
+_QUERY = re.compile(r"(?i:^https?://[^?#]*[?#])(.*)", re.DOTALL)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
 
 
@@ -89,6 +90,15 @@ def without_userinfo(uri: str) -> str:
     return _USERINFO.sub("", uri)
 
 
-def for_message(uri: str) -> str:
-    """The uri as it may stand in a log: a web uri's query is cut too, which may be a signature."""
-    return _WEB_QUERY.sub(r"\1?…", without_userinfo(uri))
+def without_secrets(uri: str) -> str:
+    """Likewise, and without the query of an http uri, where signatures stand."""
+    shown = without_userinfo(uri)  # first: a password may hold a `?`
+    match = _QUERY.match(shown)
+    return shown[: match.start(1)] + "…" if match else shown
+
+
+def secret_in(uri: str) -> str | None:
+    """What of a uri may be secret, as words after "which"; None when nothing is."""
+    if without_userinfo(uri) != uri:
+        return "holds user information"
+    return "has a query, where signatures stand" if _QUERY.match(uri) else None

@@ -7,14 +7,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fcos_ray.settings import Fraction, Positive, Settings, Triple, load_settings
+from fcos_ray.settings import Fraction, Positive, Settings, Sha256, Triple, load_settings
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 # Settings that may differ when a training goes on: they change where and how it runs and is measured, not what it learns.
 FREE_SETTINGS = (
-    "output", "annotations", "images", "val_annotations", "val_images", "device", "num_threads", "save_every_steps",
+    "output", "weights_sha256", "annotations", "images", "val_annotations", "val_images", "device", "num_threads", "save_every_steps",
     "progress", "max_skipped_fraction", "score_threshold", "nms_threshold", "max_detections", "topk_candidates",
 )  # fmt: skip
 
@@ -42,6 +42,9 @@ class TrainConfig(Settings):
     # The model
     architecture: str = Field("fcos_resnet50_fpn", description="fcos_resnet50_fpn or fcos_mobilenet_v3_small_fpn")
     weights: str | None = Field(None, description="Start from these: COCO_V1, a .pth or .safetensors path or uri")
+    weights_sha256: Sha256 | None = Field(
+        None, description="Refuse weights whose file has another hash; nothing is parsed from it before"
+    )
     weights_backbone: str | None = Field(
         None, description="Start from this backbone: IMAGENET1K_V1 (or another name of torchvision's), without weights"
     )
@@ -87,6 +90,8 @@ class TrainConfig(Settings):
     def _fits_together(self) -> TrainConfig:
         if self.weights is not None and self.weights_backbone is not None:
             raise ValueError("weights and weights_backbone exclude each other: weights hold a backbone already")
+        if self.weights_sha256 is not None and self.weights is None:
+            raise ValueError("weights_sha256 is the hash of weights; give weights too, or leave it out")
         if self.scale_jitter[0] > self.scale_jitter[1]:
             raise ValueError(f"scale_jitter wants the smaller factor first, got {self.scale_jitter}")
         if self.min_size is not None and self.max_size is not None and self.max_size < self.min_size:

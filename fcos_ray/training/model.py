@@ -136,7 +136,7 @@ def start_model(config: TrainConfig) -> Start:
             f"trainable_backbone_layers must be 0 to {len(architecture.stages)} for {config.architecture}, "
             f"got {config.trainable_backbone_layers}"
         )
-    weights = load_weights(config.weights) if config.weights is not None else None
+    weights = load_weights(config.weights, sha256=config.weights_sha256) if config.weights is not None else None
     if weights is not None and weights.architecture != config.architecture:
         raise ConfigError(
             f"weights {weights.name} are for {weights.architecture}, architecture is {config.architecture}; "

@@ -3,10 +3,12 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 import pickle
 import random
 import subprocess
 import sys
+import tempfile
 import urllib.error
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +20,15 @@ import torch
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights, fcos_resnet50_fpn
 
 from fcos_ray.errors import ConfigError, WeightsError
+from fcos_ray.model import weights as weights_module
 from fcos_ray.model.architectures import IMAGE_MEAN, IMAGE_STD, Weights, build_model, fold_batchnorm, parameter_shapes
 from fcos_ray.model.detector import Detector
 from fcos_ray.model.weights import BACKGROUND, load_weights, save_weights
 from tests.model.images import noise, shapes
 
 COCO = FCOS_ResNet50_FPN_Weights.COCO_V1
+EXECUTED = Path(tempfile.gettempdir()) / f"executed-{os.getpid()}"  # what a pickle that runs leaves behind
+SAMPLE = Path(weights_module.__file__).parent / "sample" / "weights.safetensors"
 
 
 def tensors(weights: Weights) -> dict[str, torch.Tensor]:
@@ -33,6 +38,13 @@ def tensors(weights: Weights) -> dict[str, torch.Tensor]:
 def as_pth(content: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def as_old_pth(content: Any) -> bytes:
+    """As torch wrote before 1.6: no zip file, pickles one after the other."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=False)
     return buffer.getvalue()
 
 
@@ -207,7 +219,7 @@ def test_weights_travel_through_pickle_without_copying_their_arrays(few: Weights
 
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
-        return print, ("executed",)
+        return os.system, (f"touch {EXECUTED}",)
 
 
 def broken_files(few: Weights) -> dict[str, tuple[bytes, str]]:
@@ -218,6 +230,14 @@ def broken_files(few: Weights) -> dict[str, tuple[bytes, str]]:
         "text.pth": (b"this is not a checkpoint at all", "cannot be loaded as a state dict"),
         "cut.pth": (as_pth(state)[:100_000], "cannot be loaded as a state dict"),
         "evil.pth": (as_pth({"a": Evil()}), "cannot be loaded as a state dict: Weights only load failed"),
+        "plain.pth": (
+            pickle.dumps({"a": Evil()}, protocol=2),
+            "cannot be loaded as a state dict: Weights only load failed",
+        ),
+        "old.pth": (as_old_pth({"a": Evil()}), "cannot be loaded as a state dict: Weights only load failed"),
+        "plain.safetensors": (pickle.dumps({"a": Evil()}, protocol=2), "are no safetensors file of ours"),
+        "zip.safetensors": (as_pth({"a": Evil()}), "are no safetensors file of ours"),
+        "evil.pkl": (pickle.dumps(Evil()), "are unknown: wanted COCO_V1, sample, random:<seed>, or the path or uri"),
         "list.pth": (as_pth([1, 2]), "hold no state dict: wanted a dict of tensors .* got a list"),
         "counter.pth": (as_pth({"epoch": 3}), "got a dict with 'epoch'"),
         "backbone.pth": (
@@ -236,15 +256,50 @@ def broken_files(few: Weights) -> dict[str, tuple[bytes, str]]:
     }
 
 
-def test_every_broken_file_is_refused_with_what_is_wrong_and_nothing_is_executed(
-    few: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_broken_file_is_refused_with_what_is_wrong_and_nothing_is_executed(few: Weights, tmp_path: Path) -> None:
+    EXECUTED.unlink(missing_ok=True)
     for name, (data, message) in broken_files(few).items():
         path = tmp_path / name
         path.write_bytes(data)
         with pytest.raises(WeightsError, match=message):
             load_weights(str(path))
-    assert "executed" not in capsys.readouterr().out
+    assert not EXECUTED.exists()
+    pickle.loads(pickle.dumps(Evil()))
+    assert EXECUTED.exists(), "it would have been seen"
+    EXECUTED.unlink()
+
+
+def test_weights_of_the_wanted_hash_are_loaded_and_others_are_not_even_parsed(
+    few: Weights, pth: Path, tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = str(tmp_path / "few.safetensors")
+    save_weights(ours, few.state, architecture=few.architecture, categories=few.categories)
+    hub.mkdir(parents=True)
+    (hub / "fcos_resnet50_fpn_coco-99b0c9b7.pth").write_bytes(pth.read_bytes())
+    hashes = {
+        spec: hashlib.sha256(path.read_bytes()).hexdigest()
+        for spec, path in {str(pth): pth, ours: Path(ours), "sample": SAMPLE, "COCO_V1": pth}.items()
+    }
+    for spec in (str(pth), ours, "sample"):
+        assert load_weights(spec, sha256=hashes[spec].upper()).sha256 == hashes[spec]
+    with pytest.raises(
+        WeightsError, match="4 classes: wanted 3 categories"
+    ):  # the hash fits: only what it holds does not
+        load_weights("COCO_V1", sha256=hashes["COCO_V1"])
+    for parser in ("torch.load", "safetensors.torch.load"):
+        monkeypatch.setattr(parser, never)
+    for spec, found in hashes.items():
+        with pytest.raises(WeightsError, match=f"have the sha256 {found}, wanted {'0' * 64}: get the file again"):
+            load_weights(spec, sha256="0" * 64)
+
+
+def never(*_: Any, **__: Any) -> None:
+    raise AssertionError("the bytes were parsed")
+
+
+def test_a_hash_for_weights_without_a_file_is_refused() -> None:
+    with pytest.raises(WeightsError, match="random:1 are drawn here and have no file whose sha256 could be 000"):
+        load_weights("random:1", sha256="0" * 64)
 
 
 def test_damaged_files_never_raise_anything_but_a_weights_error(pth: Path, tmp_path: Path) -> None:
@@ -266,14 +321,18 @@ def test_damaged_files_never_raise_anything_but_a_weights_error(pth: Path, tmp_p
     [
         ("/no/such/folder/model.pth", "weights /no/such/folder/model.pth do not exist: wanted COCO_V1, sample, random"),
         ("s3://user:secret@bucket/model.pth", "cannot be read: InvalidUri"),
+        ("https://user:secret@host/model.pth", r"weights https://host/model\.pth cannot be read: InvalidUri"),
+        ("s3://key:sec/ret@bucket/model.pth", r"weights s3://bucket/model\.pth cannot be read: InvalidUri"),
+        ("https://host/model.pth?X-Amz-Signature=secret", r"weights 'https://host/model\.pth\?…' are unknown"),
         ("COCO_V2", "weights 'COCO_V2' are unknown: wanted COCO_V1"),
         ("IMAGENET1K_V1", "weights 'IMAGENET1K_V1' are a classifier's, .*--weights-backbone"),
         ("", "weights '' are unknown"),
     ],
 )
 def test_what_cannot_be_found_is_said_to_be_so(spec: str, message: str) -> None:
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(WeightsError, match=message) as caught:
         load_weights(spec)
+    assert "ret" not in str(caught.value)
 
 
 def test_wrong_numbers_of_classes_and_categories_are_refused(pth: Path) -> None:

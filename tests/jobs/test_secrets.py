@@ -1,0 +1,130 @@
+"""Secrets of a job's environment and uris: neither what it says nor what it writes nor Ray's logs hold them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from fcos_ray import storage
+from fcos_ray.sample import write_sample
+from tests.conftest import s3_environment
+from tests.corpus import SMALL_MODEL, files_of, rows_of, write_manifest
+from tests.processes import flags, run_job
+from tests.rgw import RgwServer
+
+CANARY = "canary0Secret0Canary"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_sample(folder, num_images=6, seed=2, num_broken=0)
+    return folder
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[Path]:
+    """Where the job's Ray keeps its sockets, logs and session."""
+    folder = Path("/tmp") / f"fs{secrets.token_hex(3)}"  # Ray's socket paths must stay below 107 characters
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def texts_below(folder: Path) -> Iterator[tuple[Path, bytes]]:
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            with contextlib.suppress(OSError):
+                yield path, path.read_bytes()
+
+
+def decompressed(data: bytes) -> bytes:
+    """Everything a Parquet file holds: its values, and what it says about itself."""
+    table = pq.read_table(io.BytesIO(data))
+    return json.dumps(table.to_pylist(), default=str).encode() + str(table.schema.metadata).encode()
+
+
+@pytest.mark.ray
+def test_a_job_that_labels_leaves_no_secret_in_its_words_its_output_and_rays_logs(
+    corpus: Path, s3_server: RgwServer, s3_bucket: str, ray_folder: Path, tmp_path: Path
+) -> None:
+    image = next((corpus / "images").iterdir()).read_bytes()
+    storage.create(f"{s3_bucket}/images/a.png", image)
+    uris = [
+        f"{s3_bucket}/images/a.png",
+        f"{s3_bucket}/images/none.png",
+        f"https://user:{CANARY}@host/x.jpg",
+        f"s3://user:{CANARY}@bucket/x",
+        f"s3://KEY:{CANARY}/with/slashes@bucket/x",
+        f"simplecache::s3://user:{CANARY}@bucket/x",
+        f"file://user:{CANARY}@host/x.jpg",
+    ]
+    storage.create(f"{s3_bucket}/m.parquet", write_manifest(tmp_path / "m.parquet", {"uri": uris}).read_bytes())
+    output = f"{s3_bucket}/labels"
+    job = flags(manifest=f"{s3_bucket}/m.parquet", output=output, refused_uris="error", **SMALL_MODEL)
+    who = {**os.environ, **s3_environment(s3_server, s3_server.owner), "RAY_TMPDIR": str(ray_folder)}
+    done = run_job("detect", *job, environment=who)
+    assert done.returncode == 0, done.stderr
+    assert [row["error_code"] for row in rows_of(output).values()].count(None) == 1
+    assert len(rows_of(output)) == 7
+
+    spoken = {"stdout": done.stdout.encode(), "stderr": done.stderr.encode()}
+    logs = {str(path): data for path, data in texts_below(ray_folder)}
+    assert any("raylet" in name for name in logs), "Ray's logs were not found"
+    written = {file.uri: storage.read_bytes(file.uri) for file in storage.list_files(output)}
+    assert {uri.rsplit("/", 1)[1] for uri in written} >= {"run.json", "labelling.json", "_SUCCESS.json"}
+    inside = {f"values of {uri}": decompressed(data) for uri, data in written.items() if uri.endswith(".parquet")}
+    assert len(inside) >= 2, "the pinned manifest and a shard"
+    for name, data in (spoken | logs | written | inside).items():
+        for secret in (CANARY, s3_server.owner.secret_key):
+            assert secret.encode() not in data, f"{secret} stands in {name}"
+
+
+BAD_STARTS = {
+    "a wrong secret key": ({"output": "{bucket}/out"}, {"AWS_SECRET_ACCESS_KEY": CANARY}),
+    "a wrong token": ({"output": "{bucket}/out"}, {"AWS_SESSION_TOKEN": CANARY}),
+    "no such bucket": ({"output": "s3://no-such-bucket/out"}, {}),
+    "nobody answers": ({"output": "{bucket}/out"}, {"AWS_ENDPOINT_URL": f"http://user:{CANARY}@127.0.0.1:1"}),
+    "a damaged manifest": ({"manifest": "{bucket}/damaged.parquet"}, {}),
+    "a manifest with a password": ({"manifest": f"s3://user:{CANARY}@bucket/m.parquet"}, {}),
+    "a manifest with a key": ({"manifest": f"s3://KEY:sec/{CANARY}@bucket/m.parquet"}, {}),
+    "a signed manifest": ({"manifest": f"https://host/m.parquet?X-Amz-Signature={CANARY}"}, {}),
+    "an output with a password": ({"output": f"s3://user:{CANARY}@bucket/out"}, {}),
+    "an output with a query": ({"output": f"https://host/out?token={CANARY}"}, {}),
+    "weights with a password": ({"weights": f"https://user:{CANARY}@host/w.pth"}, {}),
+    "signed weights": ({"weights": f"https://host/w.pth?X-Amz-Signature={CANARY}&name=w.pth"}, {}),
+    "uris with passwords": ({"manifest": "{uris}"}, {}),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STARTS)
+def test_a_start_that_fails_says_no_secret(
+    corpus: Path, s3_server: RgwServer, s3_bucket: str, tmp_path: Path, case: str
+) -> None:
+    settings, variables = BAD_STARTS[case]
+    storage.create(f"{s3_bucket}/damaged.parquet", b"PAR1" + bytes(64) + b"PAR1")
+    uris = write_manifest(
+        tmp_path / "uris.parquet", {"uri": [f"s3://user:{CANARY}@b/x", f"https://K:s/{CANARY}@h/x.jpg"]}
+    )
+    job = {"manifest": corpus / "manifest.parquet", "output": tmp_path / "out", "weights": "sample"} | {
+        name: value.format(bucket=s3_bucket, uris=uris) for name, value in settings.items()
+    }
+    secret = {"AWS_SESSION_TOKEN": CANARY} if "AWS_ENDPOINT_URL" in variables else {}
+    done = run_job("detect", *flags(**job), environment=os.environ | secret | variables)
+    assert done.returncode in (2, 4), done.stderr
+    said = done.stdout + done.stderr
+    assert len(done.stderr.splitlines()[-1]) > 20, "it must say something"
+    assert "Traceback" not in said
+    assert CANARY not in said
+    assert s3_server.owner.secret_key not in said
+    assert files_of(s3_bucket) == {}
+    assert not (tmp_path / "out").exists()
