@@ -48,6 +48,12 @@ def test_every_module_stands_in_the_annotated_tree() -> None:
             assert path.name in tree, path
 
 
+def test_what_the_security_page_names_is_there() -> None:
+    named = re.findall(r"`((?:fcos_ray|tests)/[\w/]+\.py)`", (ROOT / "SECURITY.md").read_text())
+    assert len(named) > 15
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
 def test_the_settings_table_is_the_definitions() -> None:
     assert _SETTINGS.sub(_with_table, README.read_text()) == README.read_text(), "make readme writes it"
 

@@ -11,8 +11,8 @@ from fcos_ray.inputs.fetch import FetchPolicy
 from fcos_ray.inputs.resolve import resolve_uri, resolver
 
 PIECES = st.sampled_from(
-    ["s3://", "S3://", "s3a://", "file://", "file:///", "https://", "http://", "simplecache::", "::", ":", "/", "//", "..", ".",
-     "../", "@", "user:pw@", "bucket", "my-bucket/", "a.jpg", "a b", "é", "%2e%2e/", "%2F", "%00", "\0", "\n", "\x7f",
+    ["s3://", "S3://", "s3a://", "file://", "file:///", "https://", "http://", "simplecache::", "::", ":", "/", "//", "..",
+     ".", "../", "@", "user:pw@", "bucket", "my-bucket/", "a.jpg", "a b", "é", "%2e%2e/", "%2F", "%00", "\0", "\n", "\x7f",
      "?versionId=1", "?a=b", "#x", "\\", "~", "*", "[x]", "x" * 300, "day=2024/", "host:8080/", "[::1]", "://", "zip://"]
 )  # fmt: skip
 URIS = st.lists(PIECES, min_size=1, max_size=6).map("".join) | st.text(st.characters(codec="utf-8"), max_size=30)
@@ -28,8 +28,7 @@ POLICIES = (
 def test_a_uri_is_parsed_or_refused_by_our_own_error(uri: str) -> None:
     try:
         location = storage.parse_uri(uri)
-    except storage.InvalidUri as error:
-        assert str(error)
+    except storage.InvalidUri:
         return
     assert "::" not in location.scheme
     assert "://" not in location.scheme

@@ -43,6 +43,7 @@ _MEANINGS: Final = {"BIGINT": "a whole number", "VARCHAR": "a string", "TIMESTAM
 REFUSED, PARTITION = "__refused", "__partition"
 _EXAMPLES: Final = 3
 _ELEMENT_BYTES: Final = 240  # of a path element; disks take 255
+_PATH_BYTES: Final = 700  # of all partitions together; S3's keys take 1,024, some of it for the output's own prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +310,11 @@ def _check_file_count(draft: Draft, types: Mapping[str, pa.DataType]) -> None:
             raise ManifestError(
                 f"column {name!r} cannot partition: {too_long[:80]}… is {len(too_long)} bytes long, "
                 f"wanted at most {_ELEMENT_BYTES}"
+            )
+        if len(path) > _PATH_BYTES:
+            names = ", ".join(key.name for key in draft.keys)
+            raise ManifestError(
+                f"partition columns {names}: {path[:80]}… is {len(path):,} bytes long, wanted at most {_PATH_BYTES}"
             )
     if draft.num_shards <= settings.max_files:
         return

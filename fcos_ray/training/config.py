@@ -14,8 +14,9 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 # Settings that may differ when a training goes on: they change where and how it runs and is measured, not what it learns.
 FREE_SETTINGS = (
-    "output", "weights_sha256", "annotations", "images", "val_annotations", "val_images", "device", "num_threads", "save_every_steps",
-    "progress", "max_skipped_fraction", "score_threshold", "nms_threshold", "max_detections", "topk_candidates",
+    "output", "weights_sha256", "annotations", "images", "val_annotations", "val_images", "device", "num_threads",
+    "save_every_steps", "progress", "max_skipped_fraction", "score_threshold", "nms_threshold", "max_detections",
+    "topk_candidates",
 )  # fmt: skip
 
 

@@ -49,8 +49,10 @@ class States:
                 log.warning("%s is damaged and passed over: %s", there[0], storage.describe(error))
                 damaged.add(there[0])
                 continue
-            assert isinstance(state, dict)
-            return state
+            if isinstance(state, dict):
+                return state
+            log.warning("%s is damaged and passed over: it holds a %s", there[0], type(state).__name__)
+            damaged.add(there[0])
         if damaged:
             raise OutputError(
                 f"no saved state can be read: delete {', '.join(damaged)}, then the same command begins anew"

@@ -254,6 +254,13 @@ def test_a_manifest_that_is_not_there_is_named_without_its_password(tmp_path: Pa
     assert "none" not in pattern or "no such file" in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["m.pkl", "m.pickle", "m.pkl.gz", "m.pt", "m.npy"])
+def test_nothing_that_holds_code_is_a_manifest(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'exit'\ntR.")
+    with pytest.raises(ManifestError, match=rf"{name}.*wanted"):
+        find_sources([str(tmp_path / name)])
+
+
 def test_a_folder_is_no_manifest(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=r"no such file; wanted a file, an s3:// uri, or a pattern"):
         find_sources([str(tmp_path)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,29 @@ def test_a_damaged_state_is_passed_over_for_an_older_one_or_named(tmp_path: Path
     (tmp_path / "state-000000004.pt").unlink()
     with pytest.raises(OutputError, match=r"delete .*state-000000008.pt, then the same command begins anew"):
         states.newest(device=torch.device("cpu"))
+
+
+class Evil:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder / "executed"),)
+
+
+@pytest.mark.parametrize("protocol", [None, 2], ids=["torch's zip file", "a plain pickle"])
+def test_a_state_that_holds_code_is_damaged_and_does_not_run(tmp_path: Path, protocol: int | None) -> None:
+    state, path = {"steps": Evil(tmp_path)}, tmp_path / "state-000000008.pt"
+    torch.save(state, path) if protocol is None else path.write_bytes(pickle.dumps(state, protocol))
+    with pytest.raises(OutputError, match=r"delete .*state-000000008.pt, then the same command begins anew"):
+        States(str(tmp_path)).newest(device=torch.device("cpu"))
+    assert names(tmp_path) == ["state-000000008.pt"]
+
+
+def test_a_file_that_is_no_state_is_damaged(tmp_path: Path) -> None:
+    torch.save(torch.arange(4), tmp_path / "state-000000008.pt")
+    with pytest.raises(OutputError, match=r"delete .*state-000000008.pt"):
+        States(str(tmp_path)).newest(device=torch.device("cpu"))
 
 
 def test_weights_that_another_training_wrote_first_count(
