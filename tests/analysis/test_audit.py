@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fcos_ray import storage
 from fcos_ray.analysis.audit import audit_output
 from fcos_ray.errors import OutputError
 from jobs import audit as job
@@ -175,6 +176,21 @@ def swap_pinned(output: Path) -> None:
     pq.write_table(table.take([1, 0, 2, 3, 4, 5]), path, row_group_size=2)
 
 
+def edit_files(**values: Any) -> Callable[[Path], None]:
+    def damage(output: Path) -> None:
+        [path] = output.glob("runs/000002-*/run.json")
+        record = json.loads(path.read_text())
+        record["files"][0] |= values
+        path.write_text(json.dumps(record))
+
+    return damage
+
+
+def unnamed(output: Path) -> None:
+    rows(with_column("labels", [[9], [1, 2, 3]]))(output)
+    rows(with_column("label_names", [[None], ["person", "bicycle", "car"]]))(output)
+
+
 BOXES = [[0.0, 1.0, 10.0, 21.0]]
 THREE = [0.9, 0.8, 0.7]
 OTHER = {"score_threshold": 0.5}
@@ -209,6 +225,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str, bool, str]] = [
     ("too low", rows(with_column("scores", [[0.2], THREE])), "wrong_rows", True, "threshold"),
     ("misnamed", rows(with_column("labels", [[2], [1, 2, 3]])), "wrong_rows", True, "not the categories"),
     ("no label", rows(with_column("labels", [[9], [1, 2, 3]])), "wrong_rows", True, "not the categories"),
+    ("no label, no name", unnamed, "wrong_rows", True, "row 0: label_names that are not the categories"),
     ("a nameless value", rows(with_column("scores", [[None], THREE])), "wrong_rows", True, "no number"),
     ("a box of three", rows(with_column("boxes", [[[0, 0, 1]], BOXES * 3])), "wrong_rows", True, "not four numbers"),
     ("too many", settings_of_labelling(max_detections=2), "wrong_rows", True, "row 1: more than 2 detections"),
@@ -230,6 +247,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str, bool, str]] = [
     ("another record", edit_json("runs/000002-*/run.json", settings=OTHER), "changed_settings", False, "run.json has"),
     ("a damaged run.json", spoil("runs/000002-*/run.json"), "unreadable", False, "run.json is damaged"),
     ("a record of other sums", edit_json("runs/000002-*/run.json", num_rows=7), "unreadable", False, "num_rows and"),
+    ("a record of other shards", edit_files(first_shard=1), "unreadable", False, "first_shard"),
     ("a damaged _SUCCESS.json", spoil("runs/000002-*/_SUCCESS.json"), "unreadable", False, "_SUCCESS.json is damaged"),
     ("a damaged labelling.json", spoil("labelling.json"), "unreadable", False, "labelling.json is damaged"),
     ("a labelling of nothing", edit_json("labelling.json", categories=None), "unreadable", False, "no run can be held"),
@@ -268,6 +286,21 @@ def test_rows_that_are_alike_wrong_are_one_line(output: Path) -> None:
     assert words.endswith("00000000.parquet: row 0, 1: status and the error columns do not go with error_code")
 
 
+def test_scores_descend_within_an_image_not_from_one_to_the_next(output: Path) -> None:
+    rows(with_column("scores", [[0.3], THREE]))(output)
+    assert audit_output(str(output), deep=True).findings == {}
+
+
+def test_five_examples_of_a_kind_are_told_whichever_shards_they_are_from(output: Path) -> None:
+    for shard in range(3):
+        path = shard_file(output, shard=shard)
+        rewrite(path, with_column("run_id", ["x", "x"]))
+        rewrite(path, with_column("shard", [8, 9]))
+    summary = audit_output(str(output), deep=True)
+    assert summary.findings == {"wrong_rows": 12}
+    assert len(summary.examples["wrong_rows"]) == 5
+
+
 def test_a_folder_named_like_a_pattern_hides_no_strangers(output: Path) -> None:
     stray("notes.parquet")(output)
     odd = output.rename(output.with_name("out[1]"))
@@ -280,6 +313,20 @@ def test_damaged_records_of_one_run_do_not_keep_the_others_from_being_audited(ou
     summary = audit_output(str(output), deep=True)
     assert summary.findings == {"unreadable": 1, "missing": 1}
     assert summary.runs == 2
+
+
+def test_an_output_in_a_store_is_audited_alike(s3_bucket: str, tmp_path: Path) -> None:
+    output = f"{s3_bucket}/out"
+    write_run(output, 1, {"image_id": IDS, "site": ["a", "a/b"] * 3}, tmp_path, partition_by=["site"])
+    assert audit_output(output, deep=True).findings == {}
+    folder = f"{output}/detections/run=000001-00000001"
+    first, second, *_ = [file.uri for file in storage.list_files(folder)]
+    storage.create(f"{folder}/site=c/{second.rsplit('/', 1)[1]}", storage.read_bytes(second))
+    storage.create(f"{output}/detections/notes.parquet", b"no")
+    storage.delete(first)
+    assert audit_output(output).findings == {"doubled": 1, "foreign": 1, "missing": 1}
+    storage.delete(next(storage.list_files(f"{output}/runs/000001-00000001/manifest-abc")).uri)
+    assert audit_output(output, deep=True).findings == {"doubled": 1, "foreign": 1, "missing": 1, "unreadable": 4}
 
 
 def test_one_run_is_audited_alone(output: Path) -> None:
