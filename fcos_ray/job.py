@@ -27,7 +27,7 @@ from fcos_ray.errors import ConfigError, ManifestError, OutputError, StorageErro
 from fcos_ray.execution import Execution, ExecutionSettings, ExecutionStats, PinnedRun
 from fcos_ray.inputs.fetch import FetchPolicy
 from fcos_ray.inputs.manifests import Source, find_sources
-from fcos_ray.inputs.pin import PinnedFile, pin
+from fcos_ray.inputs.pin import PinnedFile, pin, read_partitions
 from fcos_ray.inputs.plan import Draft, PlanSettings, draft_plan
 from fcos_ray.layout import Cluster, Layout, plan_layout
 from fcos_ray.model.architectures import INPUT_SETTINGS, Weights
@@ -234,7 +234,8 @@ class _Job:
             stats = execution.label()
         if stats.num_discarded:
             logger.info("%d shards were committed first by another writer", stats.num_discarded)
-        counts = audit(pinned.target, pinned.shard_rows)
+        partitions = read_partitions(pinned.folder, pinned.files) if pinned.target.partition_by else None
+        counts = audit(pinned.target, pinned.shard_rows, partitions=partitions)
         summary = _summarise(self.output, record, counts, stats, started)
         about = {"layout": asdict(layout), "versions": _versions(), "finished_at": datetime.now(UTC).isoformat()}
         runs.create_success(self.output, record["run_id"], asdict(summary) | about)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import glob
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +12,7 @@ import pyarrow as pa
 
 from fcos_ray import storage
 from fcos_ray.errors import OutputError
-from fcos_ray.inputs.pin import PinnedFile, read_shard
+from fcos_ray.inputs.pin import PinnedFile, read_partitions, read_shard
 from fcos_ray.outputs import runs
 from fcos_ray.outputs.audit import Findings, Kind, audit_run
 from fcos_ray.outputs.commit import ShardCounts, ShardTarget
@@ -35,25 +37,27 @@ class AuditSummary:
 def audit_output(output: str, *, run_id: str | None = None, deep: bool = False) -> AuditSummary:
     """Hold an output, or one run of it, against its plans. `deep` reads every row and every pinned row.
 
-    Raises OutputError when there is nothing to audit, StorageError when a store fails.
+    A damaged record is a finding, and what only it could tell is not looked at. Raises OutputError when there is nothing to
+    audit, StorageError when a store fails.
     """
     output = storage.parse_uri(output).uri
-    labelling, found = runs.read_labelling(output), runs.list_runs(output)
-    chosen = [run for run in found if run_id in (None, run.run_id)]
-    if not chosen or labelling is None:
-        known = ", ".join(run.run_id for run in found) or "none"
-        missing = f"no run {run_id}" if run_id else "no run" if not chosen else "no labelling.json"
+    findings = Findings()
+    states, damaged = _read_states(output, run_id, findings)
+    labelling = _read_labelling(output, findings)
+    if not (states or damaged) or (labelling is None and not findings):
+        known = ", ".join(runs.list_run_folders(output)[-5:]) or "none"
+        missing = "no labelling.json" if states else f"no run {run_id}" if run_id else "no run"
         raise OutputError(f"{output}: {missing} there (its runs: {known}); wanted what jobs/detect.py wrote")
-    findings, totals = Findings(), []
     if run_id is None:
-        _find_strangers(output, {run.run_id for run in found}, findings)
-    for run in chosen:
-        totals.append(_audit_run(output, run, labelling, findings, deep=deep))
+        _find_strangers(output, {*damaged, *(state.run_id for state in states)}, findings)
+    if labelling is None:
+        states = []  # nothing to hold them against
+    totals = [_audit_run(output, state, labelling or {}, findings, deep=deep) for state in states]
     return AuditSummary(
         output,
         deep,
-        runs=len(chosen),
-        open_runs=sum(not run.finished for run in chosen),
+        runs=len(states),
+        open_runs=sum(not state.finished for state in states),
         shards=sum(total.shards for total in totals),
         open_shards=sum(total.open_shards for total in totals),
         rows=sum(total.rows for total in totals),
@@ -62,11 +66,48 @@ def audit_output(output: str, *, run_id: str | None = None, deep: bool = False) 
     )
 
 
+def _read_states(output: str, run_id: str | None, findings: Findings) -> tuple[list[runs.RunState], list[str]]:
+    """The pinned runs, and those whose record is damaged."""
+    folders = [name for name in runs.list_run_folders(output) if run_id in (None, name)]
+
+    def read(name: str) -> runs.RunState | OutputError | None:
+        try:
+            return runs.read_state(output, name)
+        except OutputError as error:
+            return error
+
+    with ThreadPoolExecutor(16) as pool:
+        found = list(zip(folders, pool.map(read, folders), strict=True))
+    damaged = {name: state for name, state in found if isinstance(state, OutputError)}
+    for error in damaged.values():
+        findings.add("unreadable", str(error))
+    return [state for _, state in found if isinstance(state, runs.RunState)], list(damaged)
+
+
+def _read_labelling(output: str, findings: Findings) -> dict[str, Any] | None:
+    """What all runs share; None when it is not there, or damaged."""
+    try:
+        labelling = runs.read_labelling(output)
+    except OutputError as error:
+        findings.add("unreadable", str(error))
+        return None
+    if labelling is None:
+        return None
+    settings, categories = labelling.get("settings"), labelling.get("categories")
+    if isinstance(settings, dict) and isinstance(categories, list):
+        numbers = [settings.get(name) for name in ("score_threshold", "max_detections")]
+        if all(isinstance(n, int | float) for n in numbers) and all(isinstance(c, str) for c in categories):
+            return labelling
+    words = "is damaged: it lacks categories, score_threshold or max_detections"
+    findings.add("unreadable", f"{output}/labelling.json {words}; no run can be held against it")
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class _Total:
-    shards: int
-    open_shards: int
-    rows: int
+    shards: int = 0
+    open_shards: int = 0
+    rows: int = 0
 
 
 def _find_strangers(output: str, run_ids: Iterable[str], findings: Findings) -> None:
@@ -75,53 +116,111 @@ def _find_strangers(output: str, run_ids: Iterable[str], findings: Findings) -> 
     for name in storage.list_folders(folder):
         if name.removeprefix("run=") not in run_ids or not name.startswith("run="):
             findings.add("foreign", f"{storage.join(folder, name)}: no run of that name was pinned; move it away")
-    for file in storage.expand(storage.join(folder, "*")):
+    for file in storage.expand(storage.join(glob.escape(folder), "*")):
         findings.add("foreign", f"{file.uri}: no run writes there; move it away")
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A run's pinned plan, as its record names it."""
+
+    target: ShardTarget
+    folder: str
+    files: tuple[PinnedFile, ...]
+
+    @property
+    def shard_rows(self) -> list[int]:
+        return [rows for file in self.files for rows in file.shard_rows]
+
+
+def _plan(output: str, run_id: str, record: Mapping[str, Any], labelling: Mapping[str, Any]) -> _Plan:
+    """Raises ValueError, KeyError or TypeError for a record that names no whole plan."""
+    files = tuple(PinnedFile(f["name"], f["first_shard"], tuple(f["shard_rows"])) for f in record["files"])
+    plan = _Plan(
+        ShardTarget(output, run_id, tuple(record["partition_by"]), labelling),
+        storage.join(runs.run_folder(output, run_id), record["attempt"]),
+        files,
+    )
+    sizes = plan.shard_rows
+    if any(type(rows) is not int or rows < 1 for rows in sizes):
+        raise ValueError("a shard's number of rows is none")
+    firsts = [sum(len(f.shard_rows) for f in files[:number]) for number in range(len(files))]
+    if [file.first_shard for file in files] != firsts:
+        raise ValueError("first_shard of its files does not count their shards")
+    if (record["num_rows"], record["num_shards"]) != (sum(sizes), len(sizes)):
+        raise ValueError(f"num_rows and num_shards are not those of its files, {sum(sizes):,} and {len(sizes):,}")
+    return plan
+
+
 def _audit_run(
-    output: str, run: runs.RunState, labelling: Mapping[str, Any], findings: Findings, *, deep: bool
+    output: str, state: runs.RunState, labelling: Mapping[str, Any], findings: Findings, *, deep: bool
 ) -> _Total:
-    record, folder = runs.read_run(output, run.run_id), runs.run_folder(output, run.run_id)
+    record, about = runs.read_run(output, state.run_id), f"{runs.run_folder(output, state.run_id)}/run.json"
     try:
-        files = tuple(PinnedFile(f["name"], f["first_shard"], tuple(f["shard_rows"])) for f in record["files"])
-        target = ShardTarget(output, run.run_id, tuple(record["partition_by"]), labelling)
-        pinned_folder = storage.join(folder, record["attempt"])
-    except (KeyError, TypeError) as error:
-        findings.add("unreadable", f"{folder}/run.json is damaged: {error!r}")
-        return _Total(0, 0, 0)
-    shard_rows = [rows for file in files for rows in file.shard_rows]
-
-    def check_rows(shard: int, uri: str, table: pa.Table) -> Iterable[tuple[Kind, str]]:
-        pinned = _pinned(pinned_folder, files, shard)
-        if pinned is None:
-            return [("unreadable", f"the pinned rows of {uri} below {pinned_folder}")]
-        place = target.data_uri(pinned["__partition"][0].as_py(), shard)
-        if place != uri:
-            return [("foreign", f"{uri}: the plan puts that shard at {place}")]
-        words = wrong_rows(table, pinned, partition_by=target.partition_by, labelling=labelling)
-        return [("wrong_rows", f"{uri}: {text}") for text in words]
-
+        plan = _plan(output, state.run_id, record, labelling)
+    except (ValueError, KeyError, TypeError) as error:
+        findings.add("unreadable", f"{about} is damaged: {error!r}")
+        return _Total()
+    asked = record.get("settings")
+    for name, value in labelling["settings"].items():
+        if isinstance(asked, dict) and name in asked and asked[name] != value:
+            findings.add("changed_settings", f"{about} has {name} {asked[name]!r}, the output has {value!r}")
     before = findings.num_by_kind.total()
-    audited = audit_run(target, shard_rows, findings, check_rows=check_rows if deep else None)
-    if run.finished:
+    partitions = _read_partitions(plan, findings)
+
+    def check_rows(shard: int, uri: str, table: pa.Table, found: Findings) -> None:
+        pinned = _read_pinned(plan, shard)
+        if pinned is None or pinned.num_rows != table.num_rows:
+            found.add("unreadable", f"the pinned rows of {uri} below {plan.folder}")
+            return
+        for wrong in wrong_rows(table, pinned, target=plan.target, shard=shard):
+            found.add("wrong_rows", f"{uri}: {wrong.words}", count=wrong.num_rows)
+
+    audited = audit_run(
+        plan.target, plan.shard_rows, findings, partitions=partitions, check_rows=check_rows if deep else None
+    )
+    if state.finished:
         if audited.num_missing:
-            words = f"{audited.missing_words(run.run_id)}, though it has _SUCCESS.json"
+            words = f"{audited.missing_words(state.run_id)}, though it has _SUCCESS.json"
             findings.add("missing", words, count=audited.num_missing)
         elif findings.num_by_kind.total() == before:  # else the sums cannot agree, which would say it again
-            _check_success(output, run.run_id, audited.counts, findings)
-    return _Total(audited.num_shards, 0 if run.finished else audited.num_missing, audited.counts.rows)
+            _check_success(output, state.run_id, audited.counts, findings)
+    return _Total(audited.num_shards, 0 if state.finished else audited.num_missing, audited.counts.rows)
 
 
-def _pinned(folder: str, files: tuple[PinnedFile, ...], shard: int) -> pa.Table | None:
+def _read_partitions(plan: _Plan, findings: Findings) -> Sequence[str] | None:
+    if not plan.target.partition_by:
+        return None
     try:
-        return read_shard(folder, files, shard)
-    except (FileNotFoundError, pa.ArrowException):
+        return read_partitions(plan.folder, plan.files)
+    except (pa.ArrowException, OSError) as error:
+        if _is_the_stores(error):
+            raise
+        findings.add("unreadable", f"the pinned manifest below {plan.folder}: {error}")
         return None
 
 
+def _read_pinned(plan: _Plan, shard: int) -> pa.Table | None:
+    """The pinned rows of a shard; None when they cannot be read."""
+    try:
+        return read_shard(plan.folder, plan.files, shard)
+    except (pa.ArrowException, OSError) as error:
+        if _is_the_stores(error):
+            raise
+        return None
+
+
+def _is_the_stores(error: Exception) -> bool:
+    # Arrow raises an OSError without a number for damage (pyarrow 26); s3fs's FileNotFoundError has none either.
+    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError)
+
+
 def _check_success(output: str, run_id: str, counts: ShardCounts, findings: Findings) -> None:
-    success = runs.read_success(output, run_id) or {}
+    try:
+        success = runs.read_success(output, run_id) or {}
+    except OutputError as error:
+        findings.add("unreadable", str(error))
+        return
     for name in ("rows", "ok", "error", "detections", "errors_by_code"):
         if success.get(name) != getattr(counts, name):
             words = (

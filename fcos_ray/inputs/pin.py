@@ -6,6 +6,7 @@ pyarrow writes, because DuckDB's COPY cuts row groups in multiples of 2,048 what
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, cast
 
@@ -123,3 +124,19 @@ def read_shard(folder: str, files: Sequence[PinnedFile], shard: int) -> pa.Table
             return pq.ParquetFile(handle).read_row_group(shard - file.first_shard)
 
     return cast("pa.Table", storage.retrying(f"reading shard {shard}", read))
+
+
+def read_partitions(folder: str, files: Sequence[PinnedFile]) -> list[str]:
+    """For each shard in order the folder below its run's that it goes to (`site=a/day=1`); "" where it is not partitioned."""
+
+    def read(file: PinnedFile) -> list[str]:
+        with storage.open_for_reading(storage.join(folder, file.name)) as handle:
+            parquet = pq.ParquetFile(handle)
+            groups = (parquet.read_row_group(i, columns=[PARTITION]) for i in range(len(file.shard_rows)))
+            return [group[PARTITION][0].as_py() for group in groups]
+
+    def retried(file: PinnedFile) -> list[str]:
+        return storage.retrying(f"reading partitions of {file.name}", lambda: read(file))
+
+    with ThreadPoolExecutor(16) as pool:
+        return [partition for found in pool.map(retried, files) for partition in found]

@@ -7,7 +7,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final, cast
 
@@ -132,20 +132,27 @@ def _describe(target: ShardTarget, shard: int, results: pa.Table) -> dict[str, A
 
 def count_results(results: pa.Table) -> ShardCounts:
     """Totals over result rows."""
-    codes = pc.value_counts(results["error_code"].drop_null()).to_pylist()
-    errors = {entry["values"]: entry["counts"] for entry in codes}
     attempts = results["attempts"]
-    return ShardCounts(
-        rows=results.num_rows,
-        ok=results.num_rows - sum(errors.values()),
-        error=sum(errors.values()),
-        detections=pc.sum(pc.list_value_length(results["labels"])).as_py() or 0,
+    return replace(
+        count_outcomes(results),
         retries=(pc.sum(attempts).as_py() or 0) - len(attempts.drop_null()),
-        errors_by_code=errors,
         seconds={
             stage: round(float(pc.sum(results[f"{stage}_seconds"]).as_py() or 0.0), 4)
             for stage in ("fetch", "decode", "detect")
         },
+    )
+
+
+def count_outcomes(rows: pa.Table) -> ShardCounts:
+    """Totals over rows of a shard file, or result rows: without what only the stages knew."""
+    codes = pc.value_counts(rows["error_code"].drop_null()).to_pylist()
+    errors = {entry["values"]: entry["counts"] for entry in codes}
+    return ShardCounts(
+        rows=rows.num_rows,
+        ok=rows.num_rows - sum(errors.values()),
+        error=sum(errors.values()),
+        detections=pc.sum(pc.list_value_length(rows["labels"])).as_py() or 0,
+        errors_by_code=errors,
     )
 
 

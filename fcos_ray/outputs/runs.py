@@ -71,8 +71,8 @@ def resolve(runs: Sequence[RunState], labelling: Mapping[str, Any] | None, reque
     Another labelling is refused. An open run is finished before anything new is planned, the oldest first. A request
     that a finished run answers is nothing to do. Everything else is a new run, numbered after the last.
     """
-    if labelling is not None and (differences := _differences(labelling, request.labelling)):
-        return Refuse(differences)
+    if labelling is not None and (differing := differences(labelling, request.labelling)):
+        return Refuse(differing)
     ordered = sorted(runs, key=lambda run: run.run_id)
     for run in ordered:
         if not run.finished:
@@ -84,7 +84,8 @@ def resolve(runs: Sequence[RunState], labelling: Mapping[str, Any] | None, reque
     return New(f"{last + 1:06d}-{request.digest[:8]}")
 
 
-def _differences(ours: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[tuple[str, Any, Any], ...]:
+def differences(ours: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[tuple[str, Any, Any], ...]:
+    """Where two labellings differ: name, ours, what was asked."""
     flat_ours, flat_asked = _flat(ours), _flat(asked)
     names = sorted(flat_ours.keys() | flat_asked.keys())
     return tuple((n, flat_ours.get(n), flat_asked.get(n)) for n in names if flat_ours.get(n) != flat_asked.get(n))
@@ -108,20 +109,26 @@ def run_folder(output: str, run_id: str) -> str:
 
 def list_runs(output: str) -> list[RunState]:
     """The pinned runs of an output. A folder without run.json was never pinned and does not count."""
-    folders = [name for name in storage.list_folders(storage.join(output, "runs")) if _RUN_ID.fullmatch(name)]
-
-    def state(run_id: str) -> RunState | None:
-        record = read_json(storage.join(run_folder(output, run_id), "run.json"))
-        if record is None:
-            return None
-        digest = record.get("request_digest")
-        if not isinstance(digest, str):
-            raise OutputError(f"{run_folder(output, run_id)}/run.json is damaged: it has no request_digest")
-        finished = storage.exists(storage.join(run_folder(output, run_id), "_SUCCESS.json"))
-        return RunState(run_id, digest, finished)
-
     with ThreadPoolExecutor(16) as pool:
-        return [found for found in pool.map(state, folders) if found is not None]
+        states = pool.map(lambda run_id: read_state(output, run_id), list_run_folders(output))
+        return [found for found in states if found is not None]
+
+
+def list_run_folders(output: str) -> list[str]:
+    """Names of the folders that a run may have been pinned in."""
+    return [name for name in storage.list_folders(storage.join(output, "runs")) if _RUN_ID.fullmatch(name)]
+
+
+def read_state(output: str, run_id: str) -> RunState | None:
+    """A run's state; None when it was never pinned. Raises OutputError when its record is damaged."""
+    record = read_json(storage.join(run_folder(output, run_id), "run.json"))
+    if record is None:
+        return None
+    digest = record.get("request_digest")
+    if not isinstance(digest, str):
+        raise OutputError(f"{run_folder(output, run_id)}/run.json is damaged: it has no request_digest")
+    finished = storage.exists(storage.join(run_folder(output, run_id), "_SUCCESS.json"))
+    return RunState(run_id, digest, finished)
 
 
 def read_labelling(output: str) -> dict[str, Any] | None:
