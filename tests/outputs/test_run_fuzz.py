@@ -85,10 +85,10 @@ class Outputs(RuleBasedStateMachine):
         self.advance(self.drivers[driver], data.draw(st.integers(0, 2)))
 
     @precondition(lambda self: len(self.drivers) > 1)
-    @rule(which=st.integers(0, 2), steps=st.integers(1, 4))
-    def all_go_in_step(self, which: int, steps: int) -> None:
+    @rule(which=st.integers(0, 2), steps=st.integers(1, 4), order=st.sampled_from([1, -1]))
+    def all_go_in_step(self, which: int, steps: int, order: int) -> None:
         for _ in range(steps):
-            for driver in list(self.drivers):
+            for driver in self.drivers[::order]:
                 self.advance(driver, which)
 
     @precondition(lambda self: self.drivers)
