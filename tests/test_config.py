@@ -155,7 +155,7 @@ def test_help_lists_every_visible_setting_and_ends_well(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as end:
         load_config(["--help"])
     assert end.value.code == 0
-    shown = set(re.findall(r"^  --([a-z-]+)", capsys.readouterr().out, re.MULTILINE))
+    shown = set(re.findall(r"^  --([a-z0-9-]+)", capsys.readouterr().out, re.MULTILINE))
     assert shown == {name.replace("_", "-") for name in JobConfig.model_fields if name not in HIDDEN} | {"config"}
     assert len(shown) <= 30
 

@@ -64,14 +64,15 @@ def test_a_job_that_labels_leaves_no_secret_in_its_words_its_output_and_rays_log
         f"{s3_bucket}/images/none.png",
         f"https://user:{CANARY}@host/x.jpg",
         f"s3://user:{CANARY}@bucket/x",
-        f"s3://KEY:{CANARY}/with/slashes@bucket/x",
-        f"simplecache::s3://user:{CANARY}@bucket/x",
+        f"s3://KEY:{CANARY}/with/slashes@bucket/y",
+        f"simplecache::s3://user:{CANARY}@bucket/z",
         f"file://user:{CANARY}@host/x.jpg",
     ]
     storage.create(f"{s3_bucket}/m.parquet", write_manifest(tmp_path / "m.parquet", {"uri": uris}).read_bytes())
     output = f"{s3_bucket}/labels"
     job = flags(manifest=f"{s3_bucket}/m.parquet", output=output, refused_uris="error", **SMALL_MODEL)
     who = {**os.environ, **s3_environment(s3_server, s3_server.owner), "RAY_TMPDIR": str(ray_folder)}
+    who["AWS_SESSION_TOKEN"] = CANARY  # Ceph does not ask whose it is
     done = run_job("detect", *job, environment=who)
     assert done.returncode == 0, done.stderr
     assert [row["error_code"] for row in rows_of(output).values()].count(None) == 1
@@ -91,7 +92,6 @@ def test_a_job_that_labels_leaves_no_secret_in_its_words_its_output_and_rays_log
 
 BAD_STARTS = {
     "a wrong secret key": ({"output": "{bucket}/out"}, {"AWS_SECRET_ACCESS_KEY": CANARY}),
-    "a wrong token": ({"output": "{bucket}/out"}, {"AWS_SESSION_TOKEN": CANARY}),
     "no such bucket": ({"output": "s3://no-such-bucket/out"}, {}),
     "nobody answers": ({"output": "{bucket}/out"}, {"AWS_ENDPOINT_URL": f"http://user:{CANARY}@127.0.0.1:1"}),
     "a damaged manifest": ({"manifest": "{bucket}/damaged.parquet"}, {}),
@@ -118,8 +118,7 @@ def test_a_start_that_fails_says_no_secret(
     job = {"manifest": corpus / "manifest.parquet", "output": tmp_path / "out", "weights": "sample"} | {
         name: value.format(bucket=s3_bucket, uris=uris) for name, value in settings.items()
     }
-    secret = {"AWS_SESSION_TOKEN": CANARY} if "AWS_ENDPOINT_URL" in variables else {}
-    done = run_job("detect", *flags(**job), environment=os.environ | secret | variables)
+    done = run_job("detect", *flags(**job), environment=os.environ | {"AWS_SESSION_TOKEN": CANARY} | variables)
     assert done.returncode in (2, 4), done.stderr
     said = done.stdout + done.stderr
     assert len(done.stderr.splitlines()[-1]) > 20, "it must say something"

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -61,9 +62,10 @@ class Outputs(RuleBasedStateMachine):
         finally:
             shutil.rmtree(self.output)
 
-    @initialize()
-    def first(self) -> None:
+    @initialize(second=st.sampled_from(sorted(REQUESTS)))
+    def two_drivers_start(self, second: str) -> None:
         self.start("a" * 64)
+        self.start(second)
 
     @precondition(lambda self: len(self.drivers) < 3)
     @rule(request=st.sampled_from(sorted(REQUESTS)))
@@ -81,6 +83,13 @@ class Outputs(RuleBasedStateMachine):
     def one_step(self, data: st.DataObject) -> None:
         driver = data.draw(st.sampled_from(range(len(self.drivers))))
         self.advance(self.drivers[driver], data.draw(st.integers(0, 2)))
+
+    @precondition(lambda self: len(self.drivers) > 1)
+    @rule(which=st.integers(0, 2), steps=st.integers(1, 4), order=st.sampled_from([1, -1]))
+    def all_go_in_step(self, which: int, steps: int, order: int) -> None:
+        for _ in range(steps):
+            for driver in self.drivers[::order]:
+                self.advance(driver, which)
 
     @precondition(lambda self: self.drivers)
     @rule(data=st.data())
@@ -197,6 +206,8 @@ class Outputs(RuleBasedStateMachine):
 
 
 TestOutputs = Outputs.TestCase
+# half of the usual number: each reads a folder of real files after every step
+TestOutputs.settings = settings(max_examples=settings().max_examples // 2, stateful_step_count=15)
 
 
 def test_the_machine_would_see_a_missing_shard(tmp_path: Path) -> None:
