@@ -49,6 +49,8 @@ _METADATA: Final = frozenset(
         "fd20:ce::254",  # Google, IPv6
         "168.63.129.16",  # Azure's host, a public address
         "100.100.100.200",  # Alibaba
+        "169.254.42.42", "fd00:42::42",  # Scaleway
+        "169.254.0.23",  # Tencent
         "192.0.0.192",  # Oracle
     )
 )  # fmt: skip

@@ -425,3 +425,24 @@ print([len(content.data) for _, content in fetch_many(["{x.url}/x"] * 3, policy)
     assert done.stdout.strip() == "[1000, 1000, 1000]"
     assert "nclosed" not in done.stderr, done.stderr
     assert "never" not in done.stderr, done.stderr
+
+
+def test_what_a_host_sent_before_it_hung_up_is_not_repeated() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.recv(4096)
+                    connection.sendall(f"HTTP/1.1 302 x\r\nLocation: /x?sig={SECRET}\r\n".encode())
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        failed = error(f"http://127.0.0.1:{server.getsockname()[1]}/")
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join(10)
+    assert (failed.code, "hung up" in failed.message) == ("fetch_failed", True)
