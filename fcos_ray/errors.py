@@ -25,7 +25,7 @@ Stage = Literal["fetch", "decode", "detect"]
 
 # code -> (stage, transient, meaning). A closed list: README prints it, tests hold every error row against it.
 ERROR_CODES: Final[dict[str, tuple[Stage, bool, str]]] = {
-    "uri_refused": ("fetch", False, "the uri may not be read under the settings (scheme, root, or malformed)"),
+    "uri_refused": ("fetch", False, "the uri may not be read under the settings (scheme, root, host, or malformed)"),
     "not_found": ("fetch", False, "no such object or file"),
     "forbidden": ("fetch", False, "the store denies reading it"),
     "not_a_file": ("fetch", False, "a folder, device or pipe"),

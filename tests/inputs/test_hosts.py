@@ -155,4 +155,5 @@ def test_the_written_list_refuses_whatever_python_knows_as_not_global() -> None:
 def test_a_private_address_stays_one_with_a_zone_and_what_is_none_is_refused() -> None:
     assert refused_ip("fe80::1%eth0", allow_private=False) == PRIVATE
     assert refused_ip("::ffff:127.0.0.1%1", allow_private=False) == PRIVATE
+    assert refused_ip("fd00:ec2::254%1", allow_private=True) == METADATA
     assert refused_ip("host", allow_private=True) == "not an IP address"

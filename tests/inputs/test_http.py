@@ -140,15 +140,16 @@ def test_an_etag_is_kept_only_where_it_can_be_a_string(site: Callable[..., Site]
 
 
 def test_a_request_carries_nothing_of_ours(
-    site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    site: Callable[..., Site], names: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login me password {SECRET}\n")
+    names["host.test"] = ["127.0.0.1"]
+    (tmp_path / "netrc").write_text(f"machine host.test login me password {SECRET}\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     x = site(x=says(Set_Cookie="a=b; Path=/"))
     for _ in range(2):
-        assert isinstance(one(f"{x.url}/x"), Content)
+        assert isinstance(one(f"http://host.test:{x.port}/x"), Content)
     headers = x.asked[1].headers
     assert headers["Accept-Encoding"] == "identity"
     assert headers["User-Agent"].startswith("fcos_ray/")
@@ -252,7 +253,7 @@ def test_the_byte_cap_holds_whatever_the_server_announces(site: Callable[..., Si
     announced = error(f"{x.url}/x", max_bytes=999)
     assert (announced.code, announced.message) == ("too_large", "1000 bytes, more than 999")
     assert error(f"{x.url}/unknown", max_bytes=999).message == "at least 1000 bytes, more than 999"
-    assert error(f"{x.url}/endless", max_bytes=5).message.startswith("at least 6 bytes")
+    assert error(f"{x.url}/endless", max_bytes=5).code == "too_large"
     for name in ("x", "unknown"):
         assert one(f"{x.url}/{name}", max_bytes=1000).data == IMAGE
 
@@ -266,7 +267,7 @@ def test_a_head_is_read_whether_or_not_the_server_knows_ranges(site: Callable[..
     for name in ("x", "ranged"):
         assert one(f"{x.url}/{name}", head_bytes=7, max_bytes=10).data == IMAGE[:7]
     assert x.asked[0].headers["Range"] == "bytes=0-6"
-    assert one(f"{x.url}/endless", head_bytes=3).data == b"xxx"
+    assert one(f"{x.url}/endless", head_bytes=3, timeout_seconds=5).data == b"xxx"
     assert error(f"{x.url}/middle", head_bytes=7).code == "fetch_refused"
 
 
