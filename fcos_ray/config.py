@@ -107,7 +107,7 @@ class JobConfig(Settings):
     gpus_per_detector: Annotated[float, Field(ge=0, le=8)] | None = Field(
         None, description="GPUs each detector reserves (default: 1 with --device cuda, else 0)"
     )
-    load_cpus: Annotated[float, Field(gt=0)] | None = Field(
+    load_cpus: CliSuppress[Annotated[float, Field(gt=0)] | None] = Field(
         None, description="CPUs the load stage may use at once (default: what detectors leave)"
     )
     max_micro_batch: CliSuppress[Positive | None] = Field(

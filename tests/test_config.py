@@ -28,7 +28,7 @@ VALUES: dict[str, tuple[str, Any]] = {  # hidden setting: as a flag, as a value
     "fetch_concurrency": ("4", 4), "max_image_bytes": ("1000", 1000), "max_pixels": ("77", 77),
     "decode_deadline_seconds": ("3", 3.0), "decode_memory_bytes": ("300000000", 300_000_000),
     "max_transient_fraction": ("0.5", 0.5), "max_rounds": ("2", 2), "round_wait_seconds": ("0", 0.0),
-    "stall_seconds": ("60", 60.0),
+    "stall_seconds": ("60", 60.0), "grace_seconds": ("5", 5.0), "load_cpus": ("2", 2.0),
 }  # fmt: skip
 
 

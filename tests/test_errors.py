@@ -51,13 +51,13 @@ def test_an_unknown_code_is_a_bug() -> None:
 def test_the_tree_in_the_docstring_is_the_tree() -> None:
     assert errors.__doc__
     drawn: list[tuple[int, str]] = [
-        (m.start(1), m[1]) for m in re.finditer(r"(\w+(?:Error|Stopped))\b", errors.__doc__)
+        (m.start(1), m[1]) for m in re.finditer(r"(\w+(?:Error|Stopped|Stalled))\b", errors.__doc__)
     ]
     classes = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
     assert {name for _, name in drawn} == classes
     parents: list[tuple[int, str]] = []
     for line in errors.__doc__.splitlines():
-        if not (found := re.search(r"\w+(?:Error|Stopped)\b", line)):
+        if not (found := re.search(r"\w+(?:Error|Stopped|Stalled)\b", line)):
             continue
         parents = [(column, name) for column, name in parents if column < found.start()]
         if parents:

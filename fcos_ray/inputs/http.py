@@ -178,6 +178,12 @@ def _named_errors() -> Iterator[None]:
         if error.os_error.errno in _NO_SUCH_HOST:
             raise FetchError("not_found", "no such host") from None
         raise TryLater(f"the host's name is not resolved now: {error.os_error.strerror}") from None
+    except (
+        aiohttp.ServerDisconnectedError
+    ):  # its text repeats the headers that came, a redirect's signed target among them
+        raise TryLater("the host hung up") from None
+    except aiohttp.ClientPayloadError:
+        raise TryLater("the answer broke off") from None
     except aiohttp.ClientResponseError:
         raise FetchError("fetch_refused", "the answer is not proper HTTP") from None
     except aiohttp.InvalidURL:

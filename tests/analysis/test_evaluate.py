@@ -370,7 +370,7 @@ def test_bad_annotations_are_refused_by_name_and_place(tmp_path: Path, content: 
 def test_annotations_that_are_not_there_are_refused(tmp_path: Path) -> None:
     for uri, words in (
         (f"{tmp_path}/none.json", f"annotations {tmp_path}/none.json: there is no such file"),
-        (str(tmp_path), f"annotations {tmp_path} cannot be read: IsADirectoryError"),
+        (str(tmp_path), f"annotations {tmp_path} cannot be read: reading {tmp_path}: IsADirectoryError"),
         ("s3://me:secret@host", "annotations s3://host cannot be read"),
     ):
         with pytest.raises(EvaluationError, match=re.escape(words)):

@@ -144,7 +144,7 @@ def test_files_that_are_no_truth_are_refused_by_name(tmp_path: Path) -> None:
         "list.json": "found a list",
         "cut.json": "this is not JSON",
         "none.json": "there is no such file",
-        "list.json/below.json": "cannot be read: NotADirectoryError",
+        "list.json/below.json": "below.json: NotADirectoryError",
         "n" * 300: "cannot be read: OSError",
         "a\nb.json": "cannot be read: InvalidUri",
     }
