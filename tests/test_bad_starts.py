@@ -159,11 +159,12 @@ def test_expired_credentials_are_said(corpus: Path, environment: Callable[..., N
 
 
 def test_an_endpoint_where_nobody_is_is_said(corpus: Path, environment: Callable[..., None]) -> None:
-    environment(AWS_ENDPOINT_URL="http://127.0.0.1:1")
+    environment(AWS_ENDPOINT_URL=f"http://user:{SECRET}@127.0.0.1:1")
     error = refusal(corpus, "s3://labels/corpus")
     assert isinstance(error, StorageError)
     assert "s3://labels/corpus" in str(error)
     assert "check AWS_ENDPOINT_URL and the network" in str(error)
+    assert SECRET not in str(error)
 
 
 def test_nothing_is_left_of_a_start_that_failed(corpus: Path, tmp_path: Path) -> None:

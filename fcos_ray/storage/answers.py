@@ -70,6 +70,6 @@ def remedy(error: BaseException) -> str:
         return _BY_S3_CODE[code]
     if isinstance(error, (boto.NoCredentialsError, boto.PartialCredentialsError)):
         return _NO_CREDENTIALS
-    if isinstance(error, boto.ConnectionError):
+    if isinstance(error, (boto.ConnectionError, boto.HTTPClientError)):
         return _NO_ANSWER
     return _BY_ERRNO.get(getattr(error, "errno", None) or 0, _UNKNOWN)
