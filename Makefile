@@ -30,7 +30,7 @@ test-fast: install  ## the pure tests, under a minute or so
 
 chaos: install  ## kills, stops, a failing store, an outage of two minutes: an hour or more. ROUNDS=20 SEED=1 IMAGES=2000
 	$(BIN)/python -m tests.chaos.harness --rounds $(ROUNDS) --seed $(SEED)
-	CHAOS_IMAGES=$(IMAGES) $(BIN)/python -m pytest -rP tests/chaos
+	CHAOS_IMAGES=$(IMAGES) FCOS_RAY_MUTATED_IMAGES=20000 $(BIN)/python -m pytest -rP tests/chaos tests/inputs/test_mutated_images.py
 
 readme: install  ## the README's settings table, from the definition
 	$(BIN)/python tests/test_readme.py
