@@ -443,7 +443,9 @@ def test_what_a_host_sent_before_it_hung_up_is_not_repeated() -> None:
 
         thread = threading.Thread(target=hang_up)
         thread.start()
-        failed = error(f"http://127.0.0.1:{server.getsockname()[1]}/")
-        server.shutdown(socket.SHUT_RDWR)
-        thread.join(10)
+        try:
+            failed = error(f"http://127.0.0.1:{server.getsockname()[1]}/")
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
     assert (failed.code, "hung up" in failed.message) == ("fetch_failed", True)
