@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,7 +38,10 @@ def test_a_uri_is_parsed_or_refused_by_our_own_error(uri: str) -> None:
         assert location.path.startswith("/")
         assert ".." not in location.path.split("/")
     else:
-        assert "::" not in location.uri, "a chained uri went through"
+        # On the web `::` may stand in a path, and within the brackets of an IPv6 address.
+        web = location.scheme in ("http", "https")
+        read_by_others = re.sub(r"\[[^/]*\]", "", location.path.split("/")[0]) if web else location.uri
+        assert "::" not in read_by_others, "a chained uri went through"
         assert "@" not in location.path.split("/")[0], "user information went through"
     assert not any(ord(character) < 32 or ord(character) == 127 for character in location.path)
     # what stands in plans is read as the same place again (a `%` in a path is a `%`, not an escape)

@@ -18,7 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fcos_ray import storage
 from fcos_ray.errors import OutputError
 from fcos_ray.outputs import runs
-from fcos_ray.outputs.commit import ShardTarget, audit, commit_shard, list_committed
+from fcos_ray.outputs.audit import audit
+from fcos_ray.outputs.commit import ShardTarget, commit_shard, list_committed
 from fcos_ray.outputs.schema import RESULT_SCHEMA
 
 LABELLING: dict[str, Any] = {"weights_sha256": "1", "categories": ["__background__", "a"], "settings": {}}
@@ -217,6 +218,6 @@ def test_the_machine_would_see_a_missing_shard(tmp_path: Path) -> None:
         machine.advance(driver, 0)
     committed = list_committed(machine.output, driver.run_id)
     assert len(committed) == 1
-    with pytest.raises(OutputError, match="1 shards are missing"):
+    with pytest.raises(OutputError, match="1 of 2 shards are missing"):
         machine.finish(driver)
     machine.teardown()
