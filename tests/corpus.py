@@ -32,8 +32,9 @@ def _from_pixels(image: Image) -> Detections:
 
 
 def config(manifest: Path | str, output: Path | str, **settings: Any) -> JobConfig:
-    """A job on few pixels, with the manifest's own folder as root."""
-    return JobConfig(manifest=[str(manifest)], output=str(output), **(SMALL_MODEL | settings))
+    """A job on few pixels, with COCO's categories and the manifest's own folder as root."""
+    defaults = SMALL_MODEL | {"weights": "random:1"}
+    return JobConfig(manifest=[str(manifest)], output=str(output), **(defaults | settings))
 
 
 def rows_of(output: Path | str) -> dict[str, dict[str, Any]]:

@@ -80,7 +80,7 @@ def test_the_job_finds_what_the_detector_finds_one_image_at_a_time(
     corpus: Path, labelled: tuple[Path, fr.RunSummary]
 ) -> None:
     rows = rows_of(labelled[0])
-    detector = fr.Detector("sample", min_size=96, max_size=160)
+    detector = fr.Detector("random:1", min_size=96, max_size=160)
     good = [row for row in rows.values() if row["status"] == "ok"]
     for row in random.Random(1).sample(good, 20):
         image = decode(Path(row["uri"]).read_bytes())
@@ -167,7 +167,7 @@ def test_other_settings_on_the_same_output_are_refused_by_name(corpus: Path, tmp
     with pytest.raises(OutputError, match=r"score_threshold: the output has 0\.2, asked was 0\.5.*another --output"):
         fr.run(config(manifest, out, allow_root=[str(corpus)], score_threshold=0.5), make_detector=PixelDetector)
     with pytest.raises(OutputError, match="weights_sha256"):
-        fr.run(config(manifest, out, allow_root=[str(corpus)], weights="random:1"), make_detector=PixelDetector)
+        fr.run(config(manifest, out, allow_root=[str(corpus)], weights="random:2"), make_detector=PixelDetector)
 
 
 def test_a_run_that_broke_is_finished_first_and_its_files_stay(corpus: Path, tmp_path: Path, ray_session: Any) -> None:

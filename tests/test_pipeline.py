@@ -75,7 +75,7 @@ print(json.dumps({"rows": summary.rows, "ok": summary.ok, "before_kib": before, 
 
 def null_job(cpus: int, **settings: Any) -> dict[str, Any]:
     """A job in a process of its own, on a Ray of so many logical CPUs, without a model."""
-    command = [sys.executable, "-c", NULL_JOB, str(cpus), json.dumps({"weights": "sample"} | settings)]
+    command = [sys.executable, "-c", NULL_JOB, str(cpus), json.dumps({"weights": "random:1"} | settings)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(json.loads(done.stdout.splitlines()[-1]))
