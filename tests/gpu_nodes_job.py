@@ -30,7 +30,9 @@ class Whereabouts(PixelDetector):
 ray.init(log_to_driver=False)
 gpu_nodes = [node["NodeID"] for node in ray.nodes() if node["Resources"].get("GPU")]
 summary = fr.run(
-    fr.JobConfig(manifest=[MANIFEST], output=OUTPUT, weights="random:1", device="cpu", gpus_per_detector=1, shard_rows=6),
+    fr.JobConfig(
+        manifest=[MANIFEST], output=OUTPUT, weights="random:1", device="cpu", gpus_per_detector=1, shard_rows=6
+    ),
     make_detector=Whereabouts,
 )
 print(json.dumps({"ok": summary.ok, "gpu_nodes": gpu_nodes}))
