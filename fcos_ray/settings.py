@@ -166,7 +166,7 @@ def _explain(error: ValidationError, settings: type[BaseModel]) -> str:
             message = re.sub(r"^(Value error,|Input|String|List) ", "", problem["msg"])
             if problem["type"] == "missing":  # within a setting that holds several values
                 message = "has too few values"
-            lines.append(f"{name} {message}, got {problem['input']!r}" if name else message)
+            lines.append(f"{name} {message}, got {_shown(problem['input'])}" if name else message)
     return "; ".join(dict.fromkeys(lines))
 
 
@@ -182,8 +182,19 @@ def _explain_flags(message: str, arguments: list[str], settings: type[BaseModel]
     if found := re.search(r'value for field "(\w+)" from source "EnvSettingsSource"', message):
         name = f"{env_prefix}{found[1].upper()}"
         shape = '{"old": "new"}' if found[1] == "rename" else '["a", "b"]'
-        return f"{name} wants JSON such as {shape}, got {os.environ.get(name)!r}"
-    return message.removeprefix("error parsing CLI: ")
+        return f"{name} wants JSON such as {shape}, got {_shown(os.environ.get(name))}"
+    return _without_secrets(message.removeprefix("error parsing CLI: "))
+
+
+def _shown(value: object) -> str:
+    return repr(_without_secrets(value)) if isinstance(value, str) else _without_secrets(repr(value))
+
+
+def _without_secrets(text: str) -> str:
+    """A uri may stand in the wrong place, with its password."""
+    from fcos_ray.storage import cut_secrets  # with s3fs, which --help need not wait for
+
+    return cut_secrets(text)
 
 
 def _unknown(name: str, settings: type[BaseModel], *, flag: bool = False) -> str:

@@ -215,3 +215,12 @@ def test_flags_and_the_class_give_the_same_config() -> None:
 def test_a_column_renamed_to_its_own_name_is_no_other_request() -> None:
     plain = JobConfig(manifest=["m"], output="o")
     assert JobConfig(manifest=["m"], output="o", rename={"a": "a"}).request_settings() == plain.request_settings()
+
+
+@pytest.mark.parametrize("uri", ["s3://user:hunter2@bucket/m.parquet", "https://host/m.parquet?token=hunter2"])
+def test_a_uri_in_the_wrong_place_is_shown_without_its_secret(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_a_flag, of_another_flag = refusal([*NEEDED, uri]), refusal([*NEEDED, "--limit", uri])
+    monkeypatch.setenv("FCOS_RAY_MANIFEST", uri)  # wants JSON
+    for message in (without_a_flag, of_another_flag, refusal(["--output", "out"])):
+        assert "m.parquet" in message
+        assert "hunter2" not in message

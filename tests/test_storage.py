@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import pickle
 import threading
@@ -382,3 +383,19 @@ def test_locations_have_one_spelling() -> None:
     assert storage.parse_uri("S3A://bucket/a b?").uri == "s3://bucket/a b?"
     assert storage.parent("s3://bucket/a/b") == "s3://bucket/a"
     assert pickle.loads(pickle.dumps(storage.parse_uri("/x"))) == storage.Location("file", "/x")
+
+
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "no"), ConnectionResetError(errno.ECONNRESET, "gone")])
+def test_an_operation_that_fails_is_named_without_the_secrets_of_its_uri(error: OSError) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises((PermissionError, StorageError)) as failed:
+        storage.retrying("reading https://host/a.json?token=hunter2", fail, max_attempts=1)
+    assert "reading https://host/a.json?…: " in str(failed.value)
+    assert "hunter2" not in str(failed.value)
+
+
+def test_only_what_may_be_secret_is_cut_out_of_a_text() -> None:
+    said = "S3 said no to s3://bucket/a?b and HTTPS://h:80/x?sig=hunter2, http://u:hunter2@h/y#hunter2 of [a@b.c]"
+    assert storage.cut_secrets(said) == "S3 said no to s3://bucket/a?b and HTTPS://h:80/x?… http://…@h/y#… of [a@b.c]"

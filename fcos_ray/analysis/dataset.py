@@ -77,12 +77,12 @@ def open_dataset(output: str) -> LabelDataset:
         found = read_runs(uri)
         labelling = read_labelling(uri)
     except storage.InvalidUri as error:
-        raise OutputError(f"{storage.without_userinfo(output)!r} cannot be opened as an output: {error}") from error
+        raise OutputError(f"{storage.without_secrets(output)!r} cannot be opened as an output: {error}") from error
     except storage.STORE_ERRORS as error:
         if storage.is_transient(error):
             raise StorageError(storage.describe(error)) from error
         raise OutputError(
-            f"{storage.describe(error)}. Wanted to list and read {output}; check the uri and the rights"
+            f"{storage.describe(error)}. Wanted to list and read {storage.without_secrets(output)}; check the uri and the rights"
         ) from error
     if not found:
         raise OutputError(f"{uri} holds no runs; wanted the --output of a job, the folder of labelling.json and runs/")

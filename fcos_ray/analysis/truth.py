@@ -68,7 +68,7 @@ def read_truth(uri: str) -> Truth:
 
 def read_coco(uri: str) -> CocoFile:
     """Read a COCO annotations file, local or remote. Raises EvaluationError when it is none, StorageError."""
-    name = storage.without_userinfo(uri)
+    name = storage.without_secrets(uri)
     try:
         data = storage.read_bytes(uri)
     except FileNotFoundError as error:

@@ -96,7 +96,7 @@ def write_listing(folder: str, output: str, settings: ListingSettings | None = N
 
 def _check_output(output: str, settings: ListingSettings) -> None:
     if not output.endswith(".parquet"):
-        raise OutputError(f"output {storage.without_userinfo(output)}: wanted a name that ends in .parquet")
+        raise OutputError(f"output {storage.without_secrets(output)}: wanted a name that ends in .parquet")
     with _output_errors(output):
         if not settings.overwrite and storage.exists(output):
             raise OutputError(_there_already(output))
@@ -111,7 +111,7 @@ def _output_errors(output: str) -> Iterator[None]:
     try:
         yield
     except storage.InvalidUri as error:
-        raise OutputError(f"output {storage.without_userinfo(output)} is not a uri: {error}") from error
+        raise OutputError(f"output {storage.without_secrets(output)} is not a uri: {error}") from error
     except storage.STORE_ERRORS as error:
         raise OutputError(f"output {output} cannot be written: {storage.describe(error)}") from error
 
@@ -121,9 +121,10 @@ def _root(folder: str) -> str:
     try:
         location = storage.parse_uri(folder)
     except storage.InvalidUri as error:
-        raise ManifestError(f"input {storage.without_userinfo(folder)!r} is not a uri: {error}") from error
+        raise ManifestError(f"input {storage.without_secrets(folder)!r} is not a uri: {error}") from error
     if location.scheme not in ("file", "s3"):
-        raise ManifestError(f"input {folder}: wanted a local folder or an s3:// prefix, got {location.scheme}://")
+        shown = storage.without_secrets(folder)
+        raise ManifestError(f"input {shown}: wanted a local folder or an s3:// prefix, got {location.scheme}://")
     return location.uri
 
 

@@ -14,7 +14,7 @@ from fcos_ray import storage
 from fcos_ray.errors import ManifestError
 from fcos_ray.inputs.columns import check_names, merge, same_kind
 from fcos_ray.inputs.formats import format_of, scan
-from fcos_ray.inputs.scans import FILE, quote, unreadable
+from fcos_ray.inputs.scans import FILE, Scan, quote, unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,11 @@ def load(
 
     names: dict[str, str] = {}  # as in the files -> as renamed
     selects: list[str] = []
+    scans: list[Scan] = []
     merged: dict[str, tuple[pa.DataType, str]] = {}
     for format_name, group in groupby(sources, key=lambda s: s.format):
         for found in scan(connection, format_name, [source.uri for source in group], wanted):
+            scans.append(found)
             renamed = {name: rename.get(name, name) for name in found.names}
             _check_renamed(found.uris[0], renamed)
             names |= renamed
@@ -92,7 +94,7 @@ def load(
     try:
         connection.execute(f"CREATE TABLE manifest AS ({' UNION ALL BY NAME '.join(selects)}){tail}").fetchall()
     except duckdb.Error as error:
-        raise unreadable(error, [source.uri for source in sources]) from error
+        raise unreadable(error, [source.uri for source in sources], column=_culprit(connection, scans)) from error
     types = {name: type_ for name, (type_, _) in merged.items()}
     read = connection.sql("SELECT * FROM manifest LIMIT 0").to_arrow_table().schema
     for name, type_ in types.items():
@@ -102,6 +104,24 @@ def load(
                 "convert it, for example to string, or leave it out with --columns"
             )
     return Loaded(types, tuple(dict.fromkeys(names.values())))
+
+
+def _culprit(connection: duckdb.DuckDBPyConnection, scans: Sequence[Scan]) -> str | None:
+    """The first column that cannot be read where others can: DuckDB names none (2.0)."""
+
+    def fails(scan: Scan, name: str) -> bool:
+        try:
+            # bit_xor: all values must be made, none kept
+            connection.execute(f"SELECT bit_xor(hash({quote(name)})) FROM {scan.sql}").fetchall()
+        except duckdb.Error:
+            return True
+        return False
+
+    for scan in scans:
+        failing = [name for name in scan.columns if fails(scan, name)]
+        if failing and len(failing) < len(scan.columns):
+            return failing[0]
+    return None
 
 
 def _check_renamed(uri: str, renamed: Mapping[str, str]) -> None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fcos_ray import storage
+from fcos_ray.errors import ManifestError
 from fcos_ray.inputs.plan import KNOWN_COLUMNS, PARTITION, REFUSED, Draft
 from fcos_ray.inputs.scans import quote
 
@@ -77,8 +78,15 @@ class _PinnedWriter:
             self._waiting = [table.slice(size)]
 
     def _retyped(self, table: pa.Table) -> pa.Table:
-        fields = [f.with_type(self._types.get(f.name, f.type)) for f in table.schema]
-        return table.cast(pa.schema(fields))
+        return pa.table({f.name: self._column(table[f.name], f) for f in table.schema})
+
+    def _column(self, values: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
+        try:
+            return values.cast(self._types.get(field.name, field.type))
+        except pa.ArrowInvalid as error:  # the last milliseconds of int64 are DuckDB's ±infinity (2.0)
+            raise ManifestError(
+                f"column {field.name!r} holds a value that does not come back equal: {error}"
+            ) from error
 
     def _write_shard(self, rows: pa.Table) -> None:
         if self._parquet is None:

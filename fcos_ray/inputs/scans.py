@@ -51,7 +51,7 @@ def opened(uri: str) -> IO[bytes]:
     return cast("IO[bytes]", pa.CompressedInputStream(file, compression)) if compression else file
 
 
-def unreadable(error: Exception, uris: Sequence[str]) -> ManifestError | StorageError:
+def unreadable(error: Exception, uris: Sequence[str], *, column: str | None = None) -> ManifestError | StorageError:
     """Which file cannot be read and why, in one line, without DuckDB's advice on options that nobody can set here."""
     if failed := store_failure(error):  # not the manifest's fault
         return failed
@@ -59,7 +59,8 @@ def unreadable(error: Exception, uris: Sequence[str]) -> ManifestError | Storage
     named = max((uri for uri in uris if uri in text), key=len, default=uris[0] if len(uris) == 1 else "a manifest")
     kept = re.split(r"\n\s*(?:Possible|Try |LINE \d|file = )", text, maxsplit=1)[0]
     words = re.sub(r"^[A-Z]\w+( Input| Error)+: ", "", " ".join(kept.split()))
-    return ManifestError(f"{named} cannot be read: {storage.without_userinfo(words)[:500]}")
+    what = f"{named}: column {column!r}" if column is not None else named
+    return ManifestError(f"{what} cannot be read: {storage.without_userinfo(words)[:500]}")
 
 
 def store_failure(error: Exception) -> StorageError | None:

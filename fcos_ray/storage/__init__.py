@@ -10,7 +10,7 @@ listed.py       listed files as a filesystem, for libraries that want one
 files.py        read_bytes, open_for_reading, create, publish, delete, and the probe that a store honours create-if-absent
 """
 
-from fcos_ray.storage.answers import describe, remedy, store_answer
+from fcos_ray.storage.answers import cut_secrets, describe, remedy, store_answer
 from fcos_ray.storage.connections import OPERATION_SECONDS, S3_CONFIG, filesystem, s3
 from fcos_ray.storage.files import create, delete, open_for_reading, probe_create_if_absent, publish, read_bytes
 from fcos_ray.storage.listed import ListedFiles
@@ -45,6 +45,7 @@ __all__ = [
     "StoredFile",
     "backoff_seconds",
     "create",
+    "cut_secrets",
     "delete",
     "describe",
     "exists",

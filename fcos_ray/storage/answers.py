@@ -8,11 +8,9 @@ from typing import Final
 
 import botocore.exceptions as boto  # type: ignore[import-untyped]
 
-# User information (a password may hold `/`, as AWS's keys do; no port follows its `:`), and signed queries.
-_SECRET: Final = re.compile(
-    r"(?<=://)(?:[^/\s@]+(?=@)|[^/:\s]*:(?!\d*(?:/|\s|$))\S*(?=@))"
-    r"|(?<=[?&])(?:X-Amz-|AWSAccessKeyId|Signature)[^\s&\"']*"
-)
+# User information: a password may hold `/`, as AWS's keys do; no port follows its `:`.
+_USERINFO: Final = re.compile(r"(?<=://)(?:[^/\s@]+(?=@)|[^/:\s]*:(?!\d*(?:/|\s|$))\S*(?=@))")
+_QUERY: Final = re.compile(r"(?i)(https?://[^\s?#]*[?#])\S+")  # where signatures and tokens stand
 _BY_S3_CODE: Final = {
     "AccessDenied": "these credentials lack the right: allow s3:ListBucket, s3:GetObject and, for an output, s3:PutObject",
     "403": "these credentials lack the right: allow s3:ListBucket, s3:GetObject and, for an output, s3:PutObject",
@@ -47,9 +45,14 @@ def store_answer(error: BaseException | None) -> tuple[int, str]:
     return 0, ""
 
 
+def cut_secrets(text: str) -> str:
+    """A text as it may be shown: the uris that it names have neither user information nor, on the web, a query."""
+    return _QUERY.sub(r"\1…", _USERINFO.sub("…", text))  # user information first: a password may hold a `?`
+
+
 def describe(error: BaseException) -> str:
-    """One line about an error of a store, without user information or signatures of an address."""
-    text = _SECRET.sub("…", " ".join(_text(error).split()))[:300]
+    """One line about an error of a store, without user information or the query of an address."""
+    text = cut_secrets(" ".join(_text(error).split()))[:300]
     if error.__cause__ is not None and text.endswith(describe(error.__cause__)):
         return text  # `retrying` has put in front what was tried
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -14,7 +14,7 @@ from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 from fsspec.exceptions import FSTimeoutError
 
 from fcos_ray.errors import StorageError
-from fcos_ray.storage.answers import describe, remedy, store_answer
+from fcos_ray.storage.answers import cut_secrets, describe, remedy, store_answer
 
 T = TypeVar("T")
 
@@ -71,10 +71,12 @@ def retrying(what: str, call: Callable[[], T], *, max_attempts: int = MAX_ATTEMP
             if not is_transient(error):
                 if not isinstance(error, OSError) or type(error).__module__ != "builtins":
                     raise
-                text = f"{what}: {describe(error)}"
+                text = f"{cut_secrets(what)}: {describe(error)}"
                 # One argument for s3fs's errors, which come without errno; two for the system's.
                 raise type(error)(*([error.errno, text] if error.errno else [text])) from error
             last = error
         if attempt + 1 < max_attempts:
             time.sleep(backoff_seconds(attempt))
-    raise StorageError(f"{what}: failed {max_attempts} times, last: {describe(last)}; {remedy(last)}") from last
+    raise StorageError(
+        f"{cut_secrets(what)}: failed {max_attempts} times, last: {describe(last)}; {remedy(last)}"
+    ) from last

@@ -50,14 +50,23 @@ def train(config: TrainConfig, *, stop: Callable[[], bool] = lambda: False) -> T
     try:
         return _Training(config).run(stop)
     except storage.InvalidUri as error:
-        raise OutputError(f"the output {storage.without_userinfo(config.output)} is no path or uri: {error}") from error
+        raise OutputError(f"the output {storage.without_secrets(config.output)} is no path or uri: {error}") from error
     except storage.STORE_ERRORS as error:  # of looking into the output and writing there
         if storage.is_transient(error):
             raise StorageError(storage.describe(error)) from error
         raise OutputError(
-            f"{storage.describe(error)}. Wanted to list, read and create under {storage.without_userinfo(config.output)}; "
+            f"{storage.describe(error)}. Wanted to list, read and create under {storage.without_secrets(config.output)}; "
             "check the uri, the credentials and their rights"
         ) from error
+
+
+def _check_no_secret(config: TrainConfig) -> None:
+    """Raise ConfigError where the recipe would hold a secret: it goes into recipe.json, and with the weights to everybody."""
+    if config.weights is not None and (what := storage.secret_in(config.weights)):
+        raise ConfigError(
+            f"weights wanted a uri without secrets, got {storage.without_secrets(config.weights)}, which {what}; it would "
+            "be written to recipe.json and into the new weights. Give credentials in the environment, or a copy of the file"
+        )
 
 
 class _Training:
@@ -66,6 +75,7 @@ class _Training:
     def __init__(self, config: TrainConfig) -> None:
         self._started = time.monotonic()
         self._config = config
+        _check_no_secret(config)
         self._output = storage.parse_uri(config.output).uri
         self._weights = storage.join(self._output, "weights.safetensors")
         self._states = States(self._output)

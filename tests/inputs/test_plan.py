@@ -617,3 +617,24 @@ def test_planning_the_same_manifest_twice_gives_the_same_shards(tmp_path: Path) 
     one, two = (plan(manifest, pinned=tmp_path / f"p{i}", partition_by=("p",), shard_rows=9) for i in range(2))
     assert one.files == two.files
     assert all(a.equals(b) for a, b in zip(one.shards, two.shards, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("type_", "value"),
+    [
+        (pa.timestamp("ms"), 2**63 - 1),  # DuckDB's infinity
+        (pa.timestamp("ms", tz="UTC"), 1 - 2**63),
+        (pa.list_(pa.timestamp("ms")), [2**63 - 1]),
+        (pa.timestamp("ms"), 2**63 // 1000 + 1),  # no number of microseconds
+        (pa.list_(pa.timestamp("s")), [2**62 // 1000]),
+        (pa.time64("us"), 86_400_000_001),
+    ],
+    ids=str,
+)
+def test_times_that_cannot_come_back_equal_are_refused_by_column(
+    tmp_path: Path, type_: pa.DataType, value: Any
+) -> None:
+    rows = {"uri": ["a.jpg", "b.jpg"], "fine": [1, 2], "taken at": pa.array([None, value], type_)}
+    with pytest.raises(ManifestError, match="column 'taken at'") as refused:
+        plan(parquet(tmp_path / "m.parquet", rows), pinned=tmp_path / "pinned")
+    assert "\n" not in str(refused.value)

@@ -245,3 +245,15 @@ def test_weights_to_start_from_are_told_by_their_bytes_not_their_path(annotation
     moved.write_bytes(Path(other).read_bytes())
     with pytest.raises(UserError, match="weights_sha256: it has"):
         train(config(annotations, tmp_path / "out", weights=str(moved)))
+
+
+@pytest.mark.parametrize("secret", ["https://user:hunter2@host/w.pth", "https://host/w?token=hunter2&name=w.pth"])
+def test_weights_whose_uri_holds_a_secret_are_refused_before_the_recipe_is_written(
+    annotations: str, tmp_path: Path, secret: str
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"weights wanted a uri without secrets, got https://host/w.*recipe\.json"
+    ) as refused:
+        train(config(annotations, tmp_path / "out", weights=secret))
+    assert "hunter2" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
