@@ -82,7 +82,8 @@ def open_dataset(output: str) -> LabelDataset:
         if storage.is_transient(error):
             raise StorageError(storage.describe(error)) from error
         raise OutputError(
-            f"{storage.describe(error)}. Wanted to list and read {storage.without_secrets(output)}; check the uri and the rights"
+            f"{storage.describe(error)}. Wanted to list and read {storage.without_secrets(output)}; "
+            "check the uri and the rights"
         ) from error
     if not found:
         raise OutputError(f"{uri} holds no runs; wanted the --output of a job, the folder of labelling.json and runs/")

@@ -109,17 +109,17 @@ def load(
 def _culprit(connection: duckdb.DuckDBPyConnection, scans: Sequence[Scan]) -> str | None:
     """The first column that cannot be read where others can: DuckDB names none (2.0)."""
 
-    def fails(scan: Scan, name: str) -> bool:
+    def fails(found: Scan, name: str) -> bool:
         try:
             # bit_xor: all values must be made, none kept
-            connection.execute(f"SELECT bit_xor(hash({quote(name)})) FROM {scan.sql}").fetchall()
+            connection.execute(f"SELECT bit_xor(hash({quote(name)})) FROM {found.sql}").fetchall()
         except duckdb.Error:
             return True
         return False
 
-    for scan in scans:
-        failing = [name for name in scan.columns if fails(scan, name)]
-        if failing and len(failing) < len(scan.columns):
+    for found in scans:
+        failing = [name for name in found.columns if fails(found, name)]
+        if failing and len(failing) < len(found.columns):
             return failing[0]
     return None
 
