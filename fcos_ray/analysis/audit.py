@@ -47,7 +47,9 @@ def audit_output(output: str, *, run_id: str | None = None, deep: bool = False) 
     if not (states or damaged) or (labelling is None and not findings):
         known = ", ".join(runs.list_run_folders(output)[-5:]) or "none"
         missing = "no labelling.json" if states else f"no run {run_id}" if run_id else "no run"
-        raise OutputError(f"{output}: {missing} there (its runs: {known}); wanted what jobs/detect.py wrote")
+        raise OutputError(
+            f"{storage.without_secrets(output)}: {missing} there (its runs: {known}); wanted what jobs/detect.py wrote"
+        )
     if run_id is None:
         _find_strangers(output, {*damaged, *(state.run_id for state in states)}, findings)
     if labelling is None:

@@ -86,7 +86,10 @@ def open_dataset(output: str) -> LabelDataset:
             "check the uri and the rights"
         ) from error
     if not found:
-        raise OutputError(f"{uri} holds no runs; wanted the --output of a job, the folder of labelling.json and runs/")
+        shown = storage.without_secrets(uri)
+        raise OutputError(
+            f"{shown} holds no runs; wanted the --output of a job, the folder of labelling.json and runs/"
+        )
     if labelling is None:
         raise OutputError(f"{uri}/labelling.json is gone, so nobody knows what made its runs; put it back")
     local = storage.parse_uri(uri).scheme == "file"

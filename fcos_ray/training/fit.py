@@ -69,6 +69,14 @@ def _check_no_secret(config: TrainConfig) -> None:
         )
 
 
+def _writable(output: str) -> str:
+    """The one spelling of the output. Raises InvalidUri, ConfigError."""
+    location = storage.parse_uri(output)
+    if location.scheme in ("http", "https", "ftp"):
+        raise ConfigError(f"output wanted a folder or an s3:// prefix, got {location.scheme}://, which is read only")
+    return location.uri
+
+
 class _Training:
     """Everything is read and checked before the output is claimed: what is refused leaves nothing behind."""
 
@@ -76,7 +84,7 @@ class _Training:
         self._started = time.monotonic()
         self._config = config
         _check_no_secret(config)
-        self._output = storage.parse_uri(config.output).uri
+        self._output = _writable(config.output)
         self._weights = storage.join(self._output, "weights.safetensors")
         self._states = States(self._output)
         self._start: Start = start_model(config)

@@ -154,7 +154,7 @@ def _backbone(name: str | None, architecture: Architecture) -> WeightsEnum | Non
         found: WeightsEnum = architecture.backbone_weights[name]
     except KeyError as error:
         known = ", ".join(architecture.backbone_weights.__members__)
-        raise ConfigError(f"weights_backbone must be one of {known}, got {name!r}") from error
+        raise ConfigError(f"weights_backbone must be one of {known}, got {storage.without_secrets(name)!r}") from error
     return found
 
 

@@ -8,20 +8,23 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import s3fs
+from aiohttp import web
 
 from fcos_ray import storage
 from fcos_ray.sample import write_sample
-from jobs import detect
+from jobs import audit, detect, evaluate, manifest, train
 from tests.conftest import s3_environment
 from tests.corpus import SMALL_MODEL, files_of, rows_of, write_manifest
 from tests.processes import flags, run_job
 from tests.rgw import RgwServer
+from tests.web import Site
 
 CANARY = "canary0Secret0Canary"
 
@@ -142,3 +145,55 @@ def test_a_start_that_fails_says_no_secret(
     assert s3_server.owner.secret_key not in said
     assert files_of(s3_bucket) == {}
     assert not (tmp_path / "out").exists()
+
+
+OTHER_JOBS: dict[str, tuple[Callable[[list[str]], int], dict[str, str]]] = {  # one uri of each is the secret one
+    "audit, output": (audit.main, {"output": "{uri}"}),
+    "evaluate, output": (evaluate.main, {"output": "{uri}", "annotations": "{truth}"}),
+    "evaluate, annotations": (evaluate.main, {"output": "{folder}", "annotations": "{uri}"}),
+    "manifest, input": (manifest.main, {"input": "{uri}", "output": "{folder}/m.parquet"}),
+    "manifest, output": (manifest.main, {"input": "{folder}", "output": "{uri}"}),
+    "train, annotations": (train.main, {"annotations": "{uri}", "output": "{folder}/out"}),
+    "train, output": (train.main, {"annotations": "{truth}", "output": "{uri}"}),
+    "train, weights": (train.main, {"annotations": "{truth}", "output": "{folder}/out", "weights": "{uri}"}),
+    "train, backbone": (train.main, {"annotations": "{truth}", "output": "{folder}/out", "weights_backbone": "{uri}"}),
+}
+
+
+@pytest.fixture(scope="module")
+def empty_site() -> Iterator[str]:
+    """A web server without a page: what is asked for is not there."""
+
+    def nothing(_request: Any) -> web.Response:
+        return web.Response(status=404)
+
+    class Nothing(dict[str, Any]):
+        def __missing__(self, _path: str) -> Callable[[Any], web.Response]:
+            return nothing
+
+    site = Site(Nothing())
+    yield site.url
+    site.close()
+
+
+@pytest.mark.parametrize("case", OTHER_JOBS)
+@pytest.mark.parametrize("kind", ["password", "query"])
+def test_no_other_job_says_or_writes_the_secret_of_a_uri(
+    corpus: Path,
+    empty_site: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    own_signals: None,
+    case: str,
+    kind: str,
+) -> None:
+    main, settings = OTHER_JOBS[case]
+    uri = f"s3://user:{CANARY}@bucket/x.pth" if kind == "password" else f"{empty_site}/x?token={CANARY}&name=w.pth"
+    truth = next(corpus.glob("*.json"))
+    job = {name: value.format(uri=uri, folder=tmp_path, truth=truth) for name, value in settings.items()}
+    code = main([*flags(**job)])
+    out, err = capfd.readouterr()
+    assert code == 2, err
+    assert len(err.splitlines()[-1]) > 20, "it must say something"
+    assert CANARY not in out + err
+    assert list(tmp_path.iterdir()) == []
