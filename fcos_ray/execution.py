@@ -26,6 +26,7 @@ from fcos_ray.inputs.pin import PinnedFile, read_shard
 from fcos_ray.layout import Layout
 from fcos_ray.outputs.commit import ShardTarget, commit_shard, list_committed
 from fcos_ray.outputs.gather import Gather, WholeShard
+from fcos_ray.pinned import PinnedRun
 from fcos_ray.pipeline import LoadSettings, MakeDetector, Stages, result_rows
 from fcos_ray.progress import RunProgress
 
@@ -36,19 +37,6 @@ _CHATTY: Final = ("ray.data._internal.execution.streaming_executor", "ray.data._
 # A disk that waiting does not mend: the run stops at once instead of labelling what cannot be kept.
 _DISK_ERRNO: Final = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _ANSI: Final = re.compile(r"\x1b\[[0-9;]*m")  # Ray colours its messages; what happened stands at their end
-
-
-@dataclass(frozen=True, slots=True)
-class PinnedRun:
-    """A run's plan: a pure function from shard number to rows."""
-
-    target: ShardTarget
-    folder: str  # of the pinned manifest
-    files: tuple[PinnedFile, ...]
-
-    @property
-    def shard_rows(self) -> list[int]:
-        return [rows for file in self.files for rows in file.shard_rows]
 
 
 @dataclass(frozen=True, slots=True)

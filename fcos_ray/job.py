@@ -24,10 +24,10 @@ import fcos_ray
 from fcos_ray import storage
 from fcos_ray.config import JobConfig
 from fcos_ray.errors import ConfigError, ManifestError, OutputError, StorageError
-from fcos_ray.execution import Execution, ExecutionSettings, ExecutionStats, PinnedRun
+from fcos_ray.execution import Execution, ExecutionSettings, ExecutionStats
 from fcos_ray.inputs.fetch import FetchPolicy
 from fcos_ray.inputs.manifests import Source, find_sources
-from fcos_ray.inputs.pin import PinnedFile, pin, read_partitions
+from fcos_ray.inputs.pin import pin, read_partitions
 from fcos_ray.inputs.plan import Draft, PlanSettings, draft_plan
 from fcos_ray.layout import Cluster, Layout, plan_layout
 from fcos_ray.model.architectures import INPUT_SETTINGS, Weights
@@ -35,8 +35,9 @@ from fcos_ray.model.detector import Detector
 from fcos_ray.model.weights import load_weights
 from fcos_ray.outputs import runs
 from fcos_ray.outputs.audit import audit
-from fcos_ray.outputs.commit import ShardCounts, ShardTarget
+from fcos_ray.outputs.commit import ShardCounts
 from fcos_ray.outputs.schema import RESERVED_COLUMNS
+from fcos_ray.pinned import pinned_run
 from fcos_ray.pipeline import ImageDetector, LoadSettings, MakeDetector
 from fcos_ray.session import ray_session
 
@@ -212,7 +213,7 @@ class _Job:
     def label(self, record: Mapping[str, Any], started: float) -> RunSummary:
         """Label a pinned run's missing shards, audit, and mark it finished."""
         self._check_allowed(record)
-        pinned = _pinned_run(self.output, record, self.request.labelling)
+        pinned = pinned_run(self.output, record, self.request.labelling)
         with ray_session() as cluster:
             layout = self._layout(cluster, record["num_rows"])
             logger.info("%s", layout.describe())
@@ -361,16 +362,6 @@ def _plan_settings(config: JobConfig, sizes: Mapping[str, int], fetch_policy: Fe
         max_size=sizes["max_size"],
         fetch=fetch_policy,
         reserved_columns=RESERVED_COLUMNS,
-    )
-
-
-def _pinned_run(output: str, record: Mapping[str, Any], labelling: Mapping[str, Any]) -> PinnedRun:
-    files = (PinnedFile(f["name"], f["first_shard"], tuple(f["shard_rows"])) for f in record["files"])
-    run_id = record["run_id"]
-    return PinnedRun(
-        target=ShardTarget(output, run_id, tuple(record["partition_by"]), labelling),
-        folder=storage.join(runs.run_folder(output, run_id), record["attempt"]),
-        files=tuple(files),
     )
 
 

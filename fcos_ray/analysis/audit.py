@@ -12,11 +12,12 @@ import pyarrow as pa
 
 from fcos_ray import storage
 from fcos_ray.errors import OutputError
-from fcos_ray.inputs.pin import PinnedFile, read_partitions, read_shard
+from fcos_ray.inputs.pin import read_partitions, read_shard
 from fcos_ray.outputs import runs
 from fcos_ray.outputs.audit import Findings, Kind, audit_run
-from fcos_ray.outputs.commit import ShardCounts, ShardTarget
+from fcos_ray.outputs.commit import ShardCounts
 from fcos_ray.outputs.rows import wrong_rows
+from fcos_ray.pinned import PinnedRun, pinned_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,28 +123,12 @@ def _find_strangers(output: str, run_ids: Iterable[str], findings: Findings) -> 
         findings.add("foreign", f"{file.uri}: no run writes there; move it away")
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """A run's pinned plan, as its record names it."""
-
-    target: ShardTarget
-    folder: str
-    files: tuple[PinnedFile, ...]
-
-    @property
-    def shard_rows(self) -> list[int]:
-        return [rows for file in self.files for rows in file.shard_rows]
-
-
-def _plan(output: str, run_id: str, record: Mapping[str, Any], labelling: Mapping[str, Any]) -> _Plan:
+def _plan(output: str, run_id: str, record: Mapping[str, Any], labelling: Mapping[str, Any]) -> PinnedRun:
     """Raises ValueError, KeyError or TypeError for a record that names no whole plan."""
-    files = tuple(PinnedFile(f["name"], f["first_shard"], tuple(f["shard_rows"])) for f in record["files"])
-    plan = _Plan(
-        ShardTarget(output, run_id, tuple(record["partition_by"]), labelling),
-        storage.join(runs.run_folder(output, run_id), record["attempt"]),
-        files,
-    )
-    sizes = plan.shard_rows
+    if record["run_id"] != run_id:
+        raise ValueError(f"it is the record of run {record['run_id']}")
+    plan = pinned_run(output, record, labelling)
+    sizes, files = plan.shard_rows, plan.files
     if any(type(rows) is not int or rows < 1 for rows in sizes):
         raise ValueError("a shard's number of rows is none")
     firsts = [sum(len(f.shard_rows) for f in files[:number]) for number in range(len(files))]
@@ -190,7 +175,7 @@ def _audit_run(
     return _Total(audited.num_shards, 0 if state.finished else audited.num_missing, audited.counts.rows)
 
 
-def _read_partitions(plan: _Plan, findings: Findings) -> Sequence[str] | None:
+def _read_partitions(plan: PinnedRun, findings: Findings) -> Sequence[str] | None:
     if not plan.target.partition_by:
         return None
     try:
@@ -202,7 +187,7 @@ def _read_partitions(plan: _Plan, findings: Findings) -> Sequence[str] | None:
         return None
 
 
-def _read_pinned(plan: _Plan, shard: int) -> pa.Table | None:
+def _read_pinned(plan: PinnedRun, shard: int) -> pa.Table | None:
     """The pinned rows of a shard; None when they cannot be read."""
     try:
         return read_shard(plan.folder, plan.files, shard)

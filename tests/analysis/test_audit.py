@@ -210,6 +210,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str, bool, str]] = [
     ("other weights", with_about(weights_sha256="e" * 64), "changed_settings", False, "made with weights_sha256"),
     ("another threshold", with_about(settings={"score_threshold": 0.3}), "changed_settings", False, "score_threshold 0.3"),
     ("other counts", edit_json("runs/000002-*/_SUCCESS.json", rows=7), "wrong_counts", False, "_SUCCESS.json has rows 7"),
+    ("of another run", edit_json("runs/000002-*/run.json", run_id="000001-0"), "unreadable", False, "of run 000001-0"),
     ("a record without files", edit_json("runs/000002-*/run.json", files=None), "unreadable", False, "run.json is damaged"),
     ("no pinned rows", lambda o: shutil.rmtree(next(o.glob("runs/000002-*/manifest-abc"))), "unreadable", True, "pinned rows"),
     ("another image", rows(with_column("image_id", ["img0", "imgX"])), "wrong_rows", True, "image_id"),

@@ -1,0 +1,35 @@
+"""Pinned: a run's record -> its plan, a pure function from shard number to rows. Knows run.json's words, reads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fcos_ray import storage
+from fcos_ray.inputs.pin import PinnedFile
+from fcos_ray.outputs.commit import ShardTarget
+from fcos_ray.outputs.runs import run_folder
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedRun:
+    """A run's plan."""
+
+    target: ShardTarget
+    folder: str  # of the pinned manifest
+    files: tuple[PinnedFile, ...]
+
+    @property
+    def shard_rows(self) -> list[int]:
+        return [rows for file in self.files for rows in file.shard_rows]
+
+
+def pinned_run(output: str, record: Mapping[str, Any], labelling: Mapping[str, Any]) -> PinnedRun:
+    """The plan that run.json names. Raises KeyError or TypeError for a record that names none."""
+    run_id = record["run_id"]
+    return PinnedRun(
+        target=ShardTarget(output, run_id, tuple(record["partition_by"]), labelling),
+        folder=storage.join(run_folder(output, run_id), record["attempt"]),
+        files=tuple(PinnedFile(f["name"], f["first_shard"], tuple(f["shard_rows"])) for f in record["files"]),
+    )
