@@ -4,17 +4,25 @@ uris.py         a uri is a local path, `s3://bucket/key`, or another scheme that
 answers.py      what a store's error says, and what a user can do about it
 retries.py      transient or permanent; how long to wait
 connections.py  uri -> filesystem, with deadlines
-listing.py      exists, list_files, list_folders, expand
+listing.py      exists, stat_file, list_files, list_folders, list_names, expand
 scanning.py     scan_files: many parts of a large folder listed at once, in no order
 listed.py       listed files as a filesystem, for libraries that want one
-files.py        read_bytes, open_for_reading, create, publish, delete, and the probe that a store honours create-if-absent
+files.py        read_bytes, open_for_reading, create, replace, publish, delete; the probe that a store honours create-if-absent
 """
 
 from fcos_ray.storage.answers import cut_secrets, describe, remedy, store_answer
 from fcos_ray.storage.connections import OPERATION_SECONDS, S3_CONFIG, filesystem, s3
-from fcos_ray.storage.files import create, delete, open_for_reading, probe_create_if_absent, publish, read_bytes
+from fcos_ray.storage.files import (
+    create,
+    delete,
+    open_for_reading,
+    probe_create_if_absent,
+    publish,
+    read_bytes,
+    replace,
+)
 from fcos_ray.storage.listed import ListedFiles
-from fcos_ray.storage.listing import StoredFile, exists, expand, list_files, list_folders
+from fcos_ray.storage.listing import StoredFile, exists, expand, list_files, list_folders, list_names, stat_file
 from fcos_ray.storage.retries import (
     MAX_ATTEMPTS,
     STORE_ERRORS,
@@ -55,6 +63,7 @@ __all__ = [
     "join",
     "list_files",
     "list_folders",
+    "list_names",
     "open_for_reading",
     "parent",
     "parse_uri",
@@ -62,10 +71,12 @@ __all__ = [
     "publish",
     "read_bytes",
     "remedy",
+    "replace",
     "retrying",
     "s3",
     "scan_files",
     "secret_in",
+    "stat_file",
     "store_answer",
     "without_secrets",
     "without_userinfo",

@@ -1,4 +1,4 @@
-"""Files: read, create-if-absent, delete. Knows no images and no Parquet."""
+"""Files: read, create-if-absent, replace, delete. Knows no images and no Parquet."""
 
 from __future__ import annotations
 
@@ -138,6 +138,33 @@ def _create_local(path: Path, data: bytes, temporary_folder: Path) -> bool:
                 return False
         _fsync_folder(path.parent)
         return True
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def replace(uri: str, data: bytes) -> None:
+    """Write a small file, over the one that may be there: readers see the old one or the new one, whole.
+
+    For what says how things stand; what counts is created, never replaced. Raises as `create` does.
+    """
+    fs, path = filesystem(uri)
+    if is_local(fs):
+        retrying(f"writing {uri}", lambda: _replace_local(Path(path), data))
+    else:
+        retrying(f"writing {uri}", lambda: fs.pipe_file(path, data, **deadline(fs)))
+
+
+def _replace_local(path: Path, data: bytes) -> None:
+    _make_folder(path.parent)
+    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _fsync_folder(path.parent)
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()

@@ -61,6 +61,11 @@ def list_folders(folder: str) -> list[str]:
     return sorted(_children(folder)[1])
 
 
+def list_names(folder: str) -> set[str]:
+    """Names of the files directly in a folder; none when there is no such folder."""
+    return {posixpath.basename(file.uri) for file in _children(folder)[0]}
+
+
 def expand(pattern: str) -> list[StoredFile]:
     """The files a pattern (`*`, `?`, `[…]`, and `**` for any depth) or a plain uri names, in order. Empty when none.
 
