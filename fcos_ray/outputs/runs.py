@@ -1,8 +1,13 @@
 """Runs: the records of an output, and the one decision what to do next. Knows JSON files, not rows or Ray.
 
-labelling.json            model and settings shared by all runs of an output; created by the first
-runs/<run_id>/run.json    created last when a run is pinned; whoever comes second uses the winner's
+labelling.json                model and settings shared by all runs of an output; created by the first
+runs/numbers/<number>.json    which run has a sequence number; whoever comes second takes another
+runs/<run_id>/run.json        created last when a run is pinned; whoever comes second uses the winner's
 runs/<run_id>/_SUCCESS.json   created after the audit
+runs/<run_id>/_ABANDONED.json closed with rows missing: what it committed counts, the rest is for later runs
+runs/<run_id>/_RETRACTED.json while it is there, the run's rows count nowhere
+runs/<run_id>/_PURGED.json    what the retracted run had committed is deleted
+forgotten/<time>-<hex>.json   images were taken out of committed files; created before, and again as …-done.json after
 """
 
 from __future__ import annotations
@@ -13,20 +18,31 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from fcos_ray import storage
 from fcos_ray.errors import OutputError
 
 _RUN_ID: Final = re.compile(r"(\d{6})-[0-9a-f]{8}")
+Mark = Literal["_SUCCESS", "_ABANDONED", "_RETRACTED", "_PURGED"]
+State = Literal["open", "finished", "abandoned", "retracted", "purged"]
+# The first mark that is there says the state.
+_STATES: Final[dict[Mark, State]] = {
+    "_PURGED": "purged", "_RETRACTED": "retracted", "_SUCCESS": "finished", "_ABANDONED": "abandoned",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Sources and selection asked for, and the labelling they are to get."""
+    """Sources and selection asked for, and the labelling they are to get.
+
+    `repeats` says when a finished run answers it again: "always" the same request; "unless_changed" only while nothing
+    else has happened on the output since; "never" when it asks for what time may mend.
+    """
 
     digest: str
     labelling: Mapping[str, Any]
+    repeats: Literal["always", "unless_changed", "never"] = "unless_changed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +51,13 @@ class RunState:
 
     run_id: str
     request_digest: str
-    finished: bool  # _SUCCESS.json is there
+    state: State
+    history: str | None = None  # `history_digest` of what it was planned against
+
+    @property
+    def counts(self) -> bool:
+        """Whether its rows are in the history that later runs are planned against. An open run is finished first."""
+        return self.state in ("finished", "abandoned")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +87,21 @@ class Refuse:
 Decision = Resume | New | Nothing | Refuse
 
 
-def resolve(runs: Sequence[RunState], labelling: Mapping[str, Any] | None, request: Request) -> Decision:
+@dataclass(frozen=True, slots=True)
+class Existing:
+    """What lies in an output: its runs, the numbers that were claimed, and what was forgotten."""
+
+    runs: tuple[RunState, ...] = ()
+    claimed: tuple[str, ...] = ()  # run_ids whose number was taken and that are not pinned: planned now, or never
+    forgotten: tuple[str, ...] = ()
+
+    @property
+    def history(self) -> tuple[RunState, ...]:
+        """The runs that count, oldest first."""
+        return tuple(sorted((run for run in self.runs if run.counts), key=lambda run: run.run_id))
+
+
+def resolve(existing: Existing, labelling: Mapping[str, Any] | None, request: Request) -> Decision:
     """What a job does next on an output with these runs and this labelling (None: no run came so far).
 
     Another labelling is refused. An open run is finished before anything new is planned, the oldest first. A request
@@ -73,15 +109,35 @@ def resolve(runs: Sequence[RunState], labelling: Mapping[str, Any] | None, reque
     """
     if labelling is not None and (differing := differences(labelling, request.labelling)):
         return Refuse(differing)
-    ordered = sorted(runs, key=lambda run: run.run_id)
+    ordered = sorted(existing.runs, key=lambda run: run.run_id)
     for run in ordered:
-        if not run.finished:
+        if run.state == "open":
             return Resume(run.run_id)
     for run in reversed(ordered):
-        if run.request_digest == request.digest:
+        if run.state == "finished" and run.request_digest == request.digest and _answers(run, existing, request):
             return Nothing(run.run_id)
-    last = int(ordered[-1].run_id.split("-")[0]) if ordered else 0
+    for run_id in existing.claimed:
+        if run_id.endswith(
+            f"-{request.digest[:8]}"
+        ):  # another driver of this request: who pins first has pinned for both
+            return New(run_id)
+    last = max([0, *(int(run_id.split("-")[0]) for run_id in (*existing.claimed, *(run.run_id for run in ordered)))])
     return New(f"{last + 1:06d}-{request.digest[:8]}")
+
+
+def _answers(run: RunState, existing: Existing, request: Request) -> bool:
+    """Whether a finished run of the same request would find nothing to do if it were planned now."""
+    if request.repeats != "unless_changed":
+        return request.repeats == "always"
+    # Retracting, restoring, forgetting or another run may have made rows new, also those it found up to date.
+    *before, last = existing.history
+    return run == last and run.history == history_digest(before, existing.forgotten)
+
+
+def history_digest(counting: Sequence[RunState], forgotten: Sequence[str]) -> str:
+    """A hash that changes with the runs that count, and with what was taken out of them."""
+    text = json.dumps([sorted((run.run_id, run.state) for run in counting), sorted(forgotten)])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def differences(ours: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[tuple[str, Any, Any], ...]:
@@ -103,8 +159,22 @@ def request_digest(sources: Sequence[Mapping[str, Any]], settings: Mapping[str, 
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+# ---- records
+
+
 def run_folder(output: str, run_id: str) -> str:
     return storage.join(output, "runs", run_id)
+
+
+def read_existing(output: str) -> Existing:
+    """What lies in an output, as far as `resolve` asks."""
+    folder = storage.join(output, "runs", "numbers")
+    claims = storage.list_names(folder)  # before the runs: one that is pinned meanwhile is seen as a run
+    pinned = tuple(list_runs(output))
+    open_claims = sorted(claims - {f"{run.run_id.split('-')[0]}.json" for run in pinned})
+    claimed = [(read_json(storage.join(folder, name)) or {}).get("run_id", "") for name in open_claims]
+    forgotten = sorted(storage.list_names(storage.join(output, "forgotten")))
+    return Existing(pinned, tuple(run_id for run_id in claimed if _RUN_ID.fullmatch(run_id)), tuple(forgotten))
 
 
 def list_runs(output: str) -> list[RunState]:
@@ -127,8 +197,19 @@ def read_state(output: str, run_id: str) -> RunState | None:
     digest = record.get("request_digest")
     if not isinstance(digest, str):
         raise OutputError(f"{run_folder(output, run_id)}/run.json is damaged: it has no request_digest")
-    finished = storage.exists(storage.join(run_folder(output, run_id), "_SUCCESS.json"))
-    return RunState(run_id, digest, finished)
+    names = storage.list_names(run_folder(output, run_id))
+    state: State = next((state for mark, state in _STATES.items() if f"{mark}.json" in names), "open")
+    history = record.get("history")
+    return RunState(run_id, digest, state, history if isinstance(history, str) else None)
+
+
+def require_run(output: str, run_id: str) -> RunState:
+    """A run's state. Raises OutputError naming the runs there are."""
+    found = read_state(output, run_id) if _RUN_ID.fullmatch(run_id) else None
+    if found is None:
+        known = ", ".join(list_run_folders(output)[-5:]) or "none"
+        raise OutputError(f"{storage.without_secrets(output)} has no run {run_id!r}; its last runs: {known}")
+    return found
 
 
 def read_labelling(output: str) -> dict[str, Any] | None:
@@ -139,6 +220,13 @@ def read_labelling(output: str) -> dict[str, Any] | None:
 def create_labelling(output: str, labelling: Mapping[str, Any]) -> dict[str, Any]:
     """Create labelling.json unless it is there; gives the one that counts."""
     return _create_json(storage.join(output, "labelling.json"), labelling)
+
+
+def claim_number(output: str, run_id: str) -> bool:
+    """Take a run's sequence number, so that no other request gets the same. False: it is another run's."""
+    number = run_id.split("-")[0]
+    claim = {"run_id": run_id}
+    return _create_json(storage.join(output, "runs", "numbers", f"{number}.json"), claim) == claim
 
 
 def create_run(output: str, run_id: str, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,11 +242,29 @@ def read_run(output: str, run_id: str) -> dict[str, Any]:
 
 def create_success(output: str, run_id: str, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Mark a run as audited; gives the summary that counts."""
-    return _create_json(storage.join(run_folder(output, run_id), "_SUCCESS.json"), summary)
+    return create_mark(output, run_id, "_SUCCESS", summary)
 
 
 def read_success(output: str, run_id: str) -> dict[str, Any] | None:
-    return read_json(storage.join(run_folder(output, run_id), "_SUCCESS.json"))
+    return read_mark(output, run_id, "_SUCCESS")
+
+
+def create_mark(output: str, run_id: str, mark: Mark, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Mark a run; gives what the mark says that counts."""
+    return _create_json(_mark(output, run_id, mark), about)
+
+
+def read_mark(output: str, run_id: str, mark: Mark) -> dict[str, Any] | None:
+    """What a mark says; None when it is not there."""
+    return read_json(_mark(output, run_id, mark))
+
+
+def delete_mark(output: str, run_id: str, mark: Literal["_RETRACTED"]) -> None:
+    storage.delete(_mark(output, run_id, mark))
+
+
+def _mark(output: str, run_id: str, mark: Mark) -> str:
+    return storage.join(run_folder(output, run_id), f"{mark}.json")
 
 
 def read_json(uri: str) -> dict[str, Any] | None:

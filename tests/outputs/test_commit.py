@@ -62,6 +62,7 @@ def pinned(count: int = 3, partition: str = "", **columns: Any) -> pa.Table:
             "uri": [f"s3://bucket/{i}.jpg" for i in range(count)],
             "__refused": pa.nulls(count, pa.string()),
             "__partition": [partition] * count,
+            "__deleted": [False] * count,
             **columns,
         }
     )

@@ -29,7 +29,7 @@ SHARD_ROWS = {"a" * 64: (2, 2, 1), "b" * 64: (2, 1)}
 
 @dataclass(eq=False)
 class Driver:
-    """One job, as job.py goes: look, plan, create labelling.json, look again, create run.json, commit, audit, finish."""
+    """One job, as job.py goes: look, plan, create labelling.json, look again, claim, pin, commit, audit, finish."""
 
     name: str
     request: str
@@ -118,7 +118,9 @@ class Outputs(RuleBasedStateMachine):
 
     def resolved(self, driver: Driver) -> runs.Decision:
         labelling = runs.read_labelling(self.output)
-        return runs.resolve(runs.list_runs(self.output), labelling, runs.Request(driver.request, LABELLING))
+        return runs.resolve(
+            runs.read_existing(self.output), labelling, runs.Request(driver.request, LABELLING, "always")
+        )
 
     def look(self, driver: Driver) -> None:
         decision = self.resolved(driver)
@@ -135,7 +137,10 @@ class Outputs(RuleBasedStateMachine):
         driver.step = "look_again"
 
     def look_again(self, driver: Driver) -> None:
-        driver.step = "create_run" if self.resolved(driver) == runs.New(driver.run_id) else "look"
+        driver.step = "claim_number" if self.resolved(driver) == runs.New(driver.run_id) else "look"
+
+    def claim_number(self, driver: Driver) -> None:
+        driver.step = "create_run" if runs.claim_number(self.output, driver.run_id) else "look"
 
     def create_run(self, driver: Driver) -> None:
         attempt = int(driver.name.removeprefix("driver"))
@@ -155,7 +160,14 @@ class Outputs(RuleBasedStateMachine):
 
     def commit(self, driver: Driver, shard: int) -> None:
         ids = planned_ids(driver.record, shard)
-        pinned = pa.table({"image_id": ids, "uri": [f"/{i}.jpg" for i in ids], "__partition": [""] * len(ids)})
+        pinned = pa.table(
+            {
+                "image_id": ids,
+                "uri": [f"/{i}.jpg" for i in ids],
+                "__partition": [""] * len(ids),
+                "__deleted": [False] * len(ids),
+            }
+        )
         row = {"shard": shard, "boxes": [], "labels": [], "scores": [], "attempts": 1, "content_etag": driver.name}
         results = pa.Table.from_pylist([row | {"row": n} for n in range(len(ids))], RESULT_SCHEMA)
         commit_shard(self.target(driver.record), shard, pinned=pinned, results=results)
@@ -184,7 +196,7 @@ class Outputs(RuleBasedStateMachine):
             files = list_committed(self.output, state.run_id)
             for shard, uri in files.items():
                 assert pq.read_table(uri)["image_id"].to_pylist() == planned_ids(record, shard)
-            if state.finished:
+            if state.state == "finished":
                 assert len(files) == len(SHARD_ROWS[state.request_digest]), "a finished run lost a shard"
 
     def one_driver_ends_it_all(self) -> None:
@@ -198,10 +210,11 @@ class Outputs(RuleBasedStateMachine):
         self.what_is_there_stays_as_it_is()
         self.every_run_holds_rows_of_its_own_plan_once()
         existing = runs.list_runs(self.output)
-        assert all(state.finished for state in existing)
+        assert all(state.state == "finished" for state in existing)
         for request, ids in REQUESTS.items():
             done = [state for state in existing if state.request_digest == request]
             assert len(done) == 1, "one request, one run"
+            assert len({state.run_id.split("-")[0] for state in existing}) == len(existing), "one number, one run"
             files = list_committed(self.output, done[0].run_id)
             assert sorted(i for uri in files.values() for i in pq.read_table(uri)["image_id"].to_pylist()) == ids
 
@@ -214,7 +227,7 @@ TestOutputs.settings = settings(max_examples=settings().max_examples // 2, state
 def test_the_machine_would_see_a_missing_shard(tmp_path: Path) -> None:
     machine = Outputs()
     driver = machine.start("b" * 64)
-    for _ in range(5):
+    for _ in range(6):
         machine.advance(driver, 0)
     committed = list_committed(machine.output, driver.run_id)
     assert len(committed) == 1
