@@ -6,8 +6,9 @@ INSTALLED := $(VENV)/.installed
 ROUNDS ?= 20
 SEED ?= 1
 IMAGES ?= 2000
+FOLDER ?= /tmp/fcos_ray-history
 
-.PHONY: help install demo test test-fast lint chaos readme clean
+.PHONY: help install demo test test-fast lint chaos bench readme clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -31,6 +32,9 @@ test-fast: install  ## the pure tests, under a minute or so
 chaos: install  ## kills, stops, a failing store, an outage of two minutes: an hour or more. ROUNDS=20 SEED=1 IMAGES=2000
 	$(BIN)/python -m tests.chaos.harness --rounds $(ROUNDS) --seed $(SEED)
 	CHAOS_IMAGES=$(IMAGES) FCOS_RAY_MUTATED_IMAGES=20000 $(BIN)/python -m pytest -rP tests/chaos tests/inputs/test_mutated_images.py
+
+bench: install  ## a night's plan against a history of 100 million images; FOLDER=/tmp/fcos_ray-history keeps 6 GB
+	$(BIN)/python -m tests.benchmarks.plan_history --folder $(FOLDER)
 
 readme: install  ## the README's settings table, from the definition
 	$(BIN)/python tests/test_readme.py

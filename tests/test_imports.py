@@ -20,13 +20,16 @@ AT_HOME = {  # library: where it may be imported
     "PIL": ("inputs.decode", "sample", "analysis.contact_sheet"),
     "duckdb": (
         "analysis",
+        "inputs.explain",
         "inputs.formats",
         "inputs.json_lines",
         "inputs.listing",
         "inputs.manifests",
         "inputs.plan",
         "inputs.pin",
-        "outputs.runs",
+        "inputs.scans",
+        "inputs.selection",
+        "outputs.index",
     ),
     "ray": ("pipeline", "roll", "execution", "session", "job", "analysis.rows"),
     "aiohttp": ("storage.retries", "inputs.http"),
@@ -85,7 +88,7 @@ def test_libraries_stay_in_their_rooms(library: str) -> None:
 
 def test_config_is_read_at_the_top_only() -> None:
     users = {name for name, found in IMPORTED.items() if any(is_in(o, ("fcos_ray.config",)) for o in found)}
-    assert users <= {"fcos_ray.pipeline", "fcos_ray.job"}
+    assert users <= {"fcos_ray.pipeline", "fcos_ray.job", "fcos_ray.request"}
 
 
 def test_analysis_never_runs_the_model() -> None:

@@ -9,6 +9,13 @@ import pyarrow as pa
 
 from fcos_ray.errors import ManifestError
 
+# Columns of a pinned manifest that are not the user's: why a uri may not be read, the Hive path, whether it is a tombstone.
+REFUSED: Final = "__refused"
+PARTITION: Final = "__partition"
+DELETED: Final = "__deleted"
+# Before a content column of an index: what the manifest said of it, where that is not what was labelled.
+SAID: Final = "said_"
+
 # Arrow types that DuckDB hands back with every value equal (measured with DuckDB 2.0; DESIGN §3).
 _EXACT: Final = (
     pa.types.is_boolean, pa.types.is_integer, pa.types.is_float32, pa.types.is_float64, pa.types.is_string,

@@ -10,6 +10,7 @@ from urllib.parse import unquote
 
 from fcos_ray.errors import ManifestError
 from fcos_ray.inputs.fetch import FetchPolicy
+from fcos_ray.inputs.partitions import HIVE_NULL
 from fcos_ray.inputs.resolve import resolve_uri
 
 # What decode reads, by the endings in use.
@@ -23,7 +24,6 @@ IMAGE_GLOBS: Final = tuple(
 _ODD: Final = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff:@?]")
 _TOKEN: Final = re.compile(r"\*+|\?|\[!?(?:\][^\]]*|[^\]]+)\]|.", re.DOTALL)
 _HIVE: Final = re.compile(r"([A-Za-z_][A-Za-z0-9_-]*)=(.+)", re.DOTALL)
-_HIVE_NULL: Final = "__HIVE_DEFAULT_PARTITION__"
 
 
 class Names:
@@ -96,4 +96,4 @@ def _part_regex(part: str) -> str:
 def hive_values(folder: str) -> dict[str, str | None]:
     """The key=value parts of a relative path, decoded as readers of Hive paths do; the last of a key counts."""
     found = (_HIVE.fullmatch(part) for part in folder.split("/"))
-    return {match[1]: None if match[2] == _HIVE_NULL else unquote(match[2]) for match in found if match}
+    return {match[1]: None if match[2] == HIVE_NULL else unquote(match[2]) for match in found if match}

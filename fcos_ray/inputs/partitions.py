@@ -20,6 +20,7 @@ from fcos_ray.inputs.scans import literal, quote
 
 # How much of YYYY-MM-DD each function keeps.
 FUNCTIONS: Final = {"year": 4, "month": 7, "date": 10}
+HIVE_NULL: Final = "__HIVE_DEFAULT_PARTITION__"  # what every reader of Hive paths takes for null
 NOT_A_TIME: Final = "is not an ISO date or time such as 2026-01-03 or 2026-01-03T04:05:06Z"
 _KEY: Final = re.compile(r"(?:(?P<name>[^:=]*)=)?(?:(?P<function>[^:=]*):)?(?P<column>.*)", re.DOTALL)
 # TRY_CAST alone would also take "epoch", "2026-1-3" and "2026-01-03 Europe/Berlin" (DuckDB 2.0).

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 from fcos_ray import storage
 from fcos_ray.errors import ManifestError
-from fcos_ray.inputs.plan import KNOWN_COLUMNS, PARTITION, REFUSED, Draft
+from fcos_ray.inputs.columns import DELETED, PARTITION, REFUSED
+from fcos_ray.inputs.plan import KNOWN_COLUMNS, Draft
 from fcos_ray.inputs.scans import quote
 
 GROUPS_PER_FILE: Final = 64  # a footer costs 1.3 KB per row group of ten columns, and every shard's reader reads it
@@ -40,8 +41,8 @@ def pin(draft: Draft, folder: str) -> tuple[PinnedFile, ...]:
     known = "".join(f", CAST(m.{quote(n)} AS {KNOWN_COLUMNS[n]}) AS {quote(n)}" for n in names)
     carried = "".join(f", m.{quote(n)}" for n in draft.columns)
     reader = draft.connection.sql(
-        f"SELECT p.image_id, p.uri, p.{REFUSED}, p.{PARTITION}{known}{carried} "
-        "FROM planned p JOIN manifest m ON m.rowid = p.number "
+        f"SELECT p.image_id, p.uri, p.{REFUSED}, p.{PARTITION}, p.deleted AS {DELETED}{known}{carried} "
+        "FROM planned p LEFT JOIN manifest m ON m.rowid = p.number "
         f"ORDER BY {', '.join([*(f'p.{o}' for o in order), 'p.shape', 'p.number'])}"
     ).to_arrow_reader(65_536)
     for batch in reader:

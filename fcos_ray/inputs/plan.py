@@ -19,9 +19,11 @@ from duckdb.func import PythonUDFType
 from fcos_ray import storage
 from fcos_ray.errors import ManifestError
 from fcos_ray.inputs import manifests
+from fcos_ray.inputs.columns import PARTITION, REFUSED
 from fcos_ray.inputs.fetch import FetchPolicy
 from fcos_ray.inputs.manifests import Loaded, Source
 from fcos_ray.inputs.partitions import (
+    HIVE_NULL,
     NOT_A_TIME,
     PartitionKey,
     check_keys,
@@ -31,7 +33,8 @@ from fcos_ray.inputs.partitions import (
     path_sql,
 )
 from fcos_ray.inputs.resolve import resolver
-from fcos_ray.inputs.scans import FILE, literal, quote
+from fcos_ray.inputs.scans import FILE, count_rows, literal, quote
+from fcos_ray.inputs.selection import History, Selection, SelectSettings, select_rows
 
 # Manifest columns with a meaning of their own, and the type each is read as. They are not carried along as they are.
 KNOWN_COLUMNS: Final = {
@@ -39,9 +42,8 @@ KNOWN_COLUMNS: Final = {
     "content_last_modified": "TIMESTAMPTZ", "content_sha256": "VARCHAR",
 }  # fmt: skip
 _MEANINGS: Final = {"BIGINT": "a whole number", "VARCHAR": "a string", "TIMESTAMPTZ": "a time"}
-# Columns of a pinned manifest that are not the user's.
-REFUSED, PARTITION = "__refused", "__partition"
 _EXAMPLES: Final = 3
+_MEMORY: Final = "4GB"  # of DuckDB, which then goes on on disk; the process has about 1 GB more
 _ELEMENT_BYTES: Final = 240  # of a path element; disks take 255
 _PATH_BYTES: Final = 700  # of all partitions together; S3's keys take 1,024, some of it for the output's own prefix
 
@@ -61,6 +63,7 @@ class PlanSettings:
     min_size: int = 800  # the model's input, for ordering rows by padded shape
     max_size: int = 1333
     fetch: FetchPolicy = field(default_factory=FetchPolicy)
+    select: SelectSettings = field(default_factory=SelectSettings)
     reserved_columns: frozenset[str] = frozenset()  # names the output has itself
 
 
@@ -76,6 +79,7 @@ class Draft:
     shard_rows: int
     num_duplicates_dropped: int
     num_uris_refused: int
+    selection: Selection
 
     @property
     def num_rows(self) -> int:
@@ -87,20 +91,23 @@ class Draft:
 
 
 @contextmanager
-def draft_plan(sources: Sequence[Source], settings: PlanSettings) -> Iterator[Draft]:
-    """Read and validate manifests; everything a user got wrong is said here, before any work.
+def draft_plan(sources: Sequence[Source], settings: PlanSettings, history: History | None = None) -> Iterator[Draft]:
+    """Read and validate manifests, select their rows; everything a user got wrong is said here, before any work.
 
+    `history` are the indexes of what was labelled before; without it every row is new.
     Raises ManifestError naming file, row (0-based within the file) and column.
     """
     with tempfile.TemporaryDirectory(prefix="fcos_ray-plan-") as folder:
-        connection = duckdb.connect(str(Path(folder) / "plan.duckdb"), config={"temp_directory": folder})
+        connection = duckdb.connect(
+            str(Path(folder) / "plan.duckdb"), config={"temp_directory": folder, "memory_limit": _MEMORY}
+        )
         try:
             connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
             keys = parse_keys(settings.partition_by)
             loaded = manifests.load(
                 connection, sources, rename=settings.rename, limit=settings.limit, keep=_needed(settings, keys)
             )
-            yield _validate(connection, loaded, sources, settings, keys)
+            yield _validate(connection, loaded, sources, settings, keys, history or History())
         finally:
             connection.close()
 
@@ -118,9 +125,10 @@ def _validate(
     sources: Sequence[Source],
     settings: PlanSettings,
     keys: tuple[PartitionKey, ...],
+    history: History,
 ) -> Draft:
     types = loaded.types
-    if not _count(connection, "SELECT count(*) FROM manifest"):
+    if not count_rows(connection, "SELECT count(*) FROM manifest"):
         raise ManifestError(f"{_where(sources)}: the manifest has no rows")
     passthrough = _check_columns(loaded, sources, settings, keys)
     _refuse_rows(connection, "uri", "uri IS NULL OR CAST(uri AS VARCHAR) = ''", "is null or empty")
@@ -137,11 +145,13 @@ def _validate(
     for key in keys:
         if key.function is not None:
             _refuse_rows(connection, key.column, key.unfit_sql(types), NOT_A_TIME)
-        null = f"{key.value_sql(types)} = '__HIVE_DEFAULT_PARTITION__'"
+        null = f"{key.value_sql(types)} = '{HIVE_NULL}'"
         _refuse_rows(connection, key.column, null, "holds what every reader of partitions takes for null,")
     _add_working_columns(connection, types, sources, settings, keys)
-    num_refused = _refused_uris(connection, settings)
+    _check_uris(connection, settings)
     num_dropped = _duplicates(connection, settings, key="image_id" if "image_id" in types else "uri")
+    selection = select_rows(connection, types, history, settings.select, keys)
+    num_refused = count_rows(connection, f"SELECT count(*) FROM planned WHERE {REFUSED} IS NOT NULL")
     partitions = tuple(
         (str(path), int(rows))
         for path, rows in connection.execute(
@@ -150,14 +160,9 @@ def _validate(
     )
     num_rows = sum(rows for _, rows in partitions)
     shard_rows = settings.shard_rows or min(max(-(-num_rows // 500), 64), 32_768)
-    draft = Draft(connection, settings, passthrough, keys, partitions, shard_rows, num_dropped, num_refused)
-    _check_file_count(draft, types)
+    draft = Draft(connection, settings, passthrough, keys, partitions, shard_rows, num_dropped, num_refused, selection)
+    _check_filecount_rows(draft, types)
     return draft
-
-
-def _count(connection: duckdb.DuckDBPyConnection, sql: str) -> int:
-    # All rows are taken: a result that is not read to its end blocks the connection's next query (DuckDB 2.0).
-    return int(connection.execute(sql).fetchall()[0][0])
 
 
 def _where(sources: Sequence[Source]) -> str:
@@ -204,7 +209,7 @@ def _refuse_rows(connection: duckdb.DuckDBPyConnection, column: str, condition: 
     ).fetchall()
     if not found:
         return
-    total = _count(connection, f"SELECT count(*) FROM manifest WHERE {condition}")
+    total = count_rows(connection, f"SELECT count(*) FROM manifest WHERE {condition}")
     examples = "; ".join(
         f"{file} row {_row_in_file(connection, file, row)}" + (f" ({value!r:.80})" if value not in (None, "") else "")
         for file, row, value in found
@@ -213,7 +218,7 @@ def _refuse_rows(connection: duckdb.DuckDBPyConnection, column: str, condition: 
 
 
 def _row_in_file(connection: duckdb.DuckDBPyConnection, file: str, row: int) -> int:
-    return row - _count(connection, f"SELECT min(rowid) FROM manifest WHERE {FILE} = {literal(file)}")
+    return row - count_rows(connection, f"SELECT min(rowid) FROM manifest WHERE {FILE} = {literal(file)}")
 
 
 def _add_working_columns(
@@ -247,11 +252,13 @@ def _padded_shape_sql(settings: PlanSettings) -> str:
     return f"coalesce({padded[0]} * 100000 + {padded[1]}, 0)"
 
 
-def _refused_uris(connection: duckdb.DuckDBPyConnection, settings: PlanSettings) -> int:
-    """How many uris may not be read. Raises ManifestError with counts per reason, unless they become error rows."""
-    total = _count(connection, f"SELECT count(*) FROM planned WHERE {REFUSED} IS NOT NULL")
-    if not total or settings.refused_uris == "error":
-        return total
+def _check_uris(connection: duckdb.DuckDBPyConnection, settings: PlanSettings) -> None:
+    """Raise ManifestError with counts per reason for uris that may not be read, unless they become error rows."""
+    if settings.refused_uris == "error":
+        return
+    total = count_rows(connection, f"SELECT count(*) FROM planned WHERE {REFUSED} IS NOT NULL")
+    if not total:
+        return
     reasons = connection.execute(
         f"SELECT p.{REFUSED}, p.total, p.uris, m.{FILE}, m.rowid FROM "
         f"(SELECT {REFUSED}, count(*) AS total, list(uri ORDER BY number)[:{_EXAMPLES}] AS uris, min(number) AS first "
@@ -279,7 +286,7 @@ def _number(count: int, word: str) -> str:
 def _duplicates(connection: duckdb.DuckDBPyConnection, settings: PlanSettings, *, key: str) -> int:
     """How many rows were dropped as duplicates. Raises ManifestError naming doubled ids unless dropping was asked for."""
     doubled = "SELECT image_id, count(*) AS copies FROM planned GROUP BY image_id HAVING count(*) > 1"
-    total = _count(connection, f"SELECT coalesce(sum(copies - 1), 0) FROM ({doubled})")
+    total = count_rows(connection, f"SELECT coalesce(sum(copies - 1), 0) FROM ({doubled})")
     if not total:
         return 0
     if settings.drop_duplicates:
@@ -302,7 +309,7 @@ def _duplicates(connection: duckdb.DuckDBPyConnection, settings: PlanSettings, *
     )
 
 
-def _check_file_count(draft: Draft, types: Mapping[str, pa.DataType]) -> None:
+def _check_filecount_rows(draft: Draft, types: Mapping[str, pa.DataType]) -> None:
     settings = draft.settings
     for path, _ in draft.partitions:
         if too_long := next((part for part in path.split("/") if len(part) > _ELEMENT_BYTES), None):
@@ -321,7 +328,7 @@ def _check_file_count(draft: Draft, types: Mapping[str, pa.DataType]) -> None:
     blame = "a larger --shard-rows"
     if draft.keys:
         counts = {
-            key.name: _count(draft.connection, f"SELECT count(DISTINCT {key.value_sql(types)}) FROM manifest")
+            key.name: count_rows(draft.connection, f"SELECT count(DISTINCT {key.value_sql(types)}) FROM manifest")
             for key in draft.keys
         }
         worst = max(counts, key=lambda name: counts[name])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Final, cast
 
+import duckdb
 import pyarrow as pa
 
 from fcos_ray import storage
@@ -42,6 +43,12 @@ def uri_list(uris: Sequence[str]) -> str:
     """Uris for SQL, each naming itself: in local names DuckDB takes * ? [ for patterns; ListedFiles knows no patterns."""
     names = (re.sub(r"[*?\[]", r"[\g<0>]", uri) if uri.startswith("/") else uri for uri in uris)
     return "[" + ", ".join(map(literal, names)) + "]"
+
+
+def count_rows(connection: duckdb.DuckDBPyConnection, sql: str) -> int:
+    """The one number that a statement gives."""
+    # All rows are taken: a result that is not read to its end blocks the connection's next query (DuckDB 2.0).
+    return int(connection.execute(sql).fetchall()[0][0])
 
 
 def opened(uri: str) -> IO[bytes]:

@@ -27,7 +27,9 @@ from fcos_ray.outputs.commit import (
 )
 from fcos_ray.outputs.runs import differences
 
-Kind = Literal["missing", "doubled", "foreign", "unreadable", "wrong_rows", "wrong_counts", "changed_settings"]
+Kind = Literal[
+    "missing", "doubled", "foreign", "unreadable", "wrong_rows", "wrong_counts", "changed_settings", "stale",
+]  # fmt: skip
 _EXAMPLES: Final = 5  # of each kind
 _EXAMPLE_CHARACTERS: Final = 500
 _AT_ONCE: Final = 64  # shard files asked for at a time: their findings must not pile up
@@ -66,6 +68,7 @@ class RunAudit:
     num_shards: int  # that are there
     num_missing: int
     first_missing: int | None
+    num_forgotten: int  # rows that were taken out of its files again
 
     def missing_words(self, run_id: str) -> str:
         """How many of the run's shards are not there."""
@@ -104,7 +107,7 @@ def audit_run(
     if partitions is None and not target.partition_by:
         partitions = [""] * len(shard_rows)
     committed = _placed(target, len(shard_rows), partitions, findings)
-    counts, shards = ShardCounts(), sorted(committed)
+    counts, shards, forgotten = ShardCounts(), sorted(committed), 0
     # Every row means a whole table in hand: four of 32,768 rows with 100 boxes each are about half a gigabyte.
     with ThreadPoolExecutor(4 if check_rows else 16) as pool:
         for start in range(0, len(shards), _AT_ONCE):
@@ -112,8 +115,9 @@ def audit_run(
             for looked in pool.map(lambda s: _look(target, s, committed[s], shard_rows[s], check_rows), some):
                 findings.merge(looked.findings)
                 counts += looked.counts
+                forgotten += looked.num_forgotten
     missing = [shard for shard in range(len(shard_rows)) if shard not in committed]
-    return RunAudit(counts, len(shards), len(missing), next(iter(missing), None))
+    return RunAudit(counts, len(shards), len(missing), next(iter(missing), None), forgotten)
 
 
 def _placed(
@@ -149,6 +153,7 @@ def _placed(
 class _Looked:
     counts: ShardCounts
     findings: Findings
+    num_forgotten: int = 0
 
 
 def _look(target: ShardTarget, shard: int, uri: str, num_rows: int, check_rows: CheckRows | None) -> _Looked:
@@ -167,18 +172,23 @@ def _look(target: ShardTarget, shard: int, uri: str, num_rows: int, check_rows: 
     for name, wanted, came in _changed(target.labelling, about):
         found.add("changed_settings", f"{uri}: made with {name} {came!r}, the output has {wanted!r}")
     rows = table["row"].to_pylist() if "row" in table.column_names else []
-    if rows != list(range(num_rows)):
+    forgotten = about.get("forgotten", 0)
+    if type(forgotten) is not int or not 0 <= forgotten <= num_rows:
+        forgotten = 0
+    num_left = num_rows - forgotten
+    if len(rows) != num_left or not set(rows) <= set(range(num_rows)) or rows != sorted(set(rows)):
         got = f"got {len(rows)} rows, {len(set(rows))} distinct"
-        found.add("wrong_rows", f"{uri}: wanted rows 0 to {num_rows - 1} once each, {got}")
+        less = f", less {forgotten} forgotten ones" if forgotten else ""
+        found.add("wrong_rows", f"{uri}: wanted rows 0 to {num_rows - 1} once each{less}, {got}")
     elif check_rows:
         check_rows(shard, uri, table, found)
     counts = _counts(about)
-    if counts is None or counts.rows != num_rows:
+    if counts is None or counts.rows != num_left:
         has = "no counts" if counts is None else f"{counts.rows} rows"
-        found.add("wrong_counts", f"{uri}: its metadata has {has}, the plan {num_rows} rows")
+        found.add("wrong_counts", f"{uri}: its metadata has {has}, the plan {num_left} rows")
     elif check_rows and not found and (held := count_outcomes(table)) != _outcomes(counts):
         found.add("wrong_counts", f"{uri}: its metadata has {_outcomes(counts)}, its rows {held}")
-    return _Looked(counts or ShardCounts(), found)
+    return _Looked(counts or ShardCounts(), found, forgotten)
 
 
 def _read(uri: str, *, whole: bool) -> tuple[dict[str, Any], pa.Table]:
@@ -197,7 +207,7 @@ def _counts(about: Mapping[str, Any]) -> ShardCounts | None:
     """What a file says that it holds; None when it does not say it in whole numbers."""
     try:
         counts = ShardCounts(**about["counts"])
-        numbers = [counts.rows, counts.ok, counts.error, counts.detections, counts.retries]
+        numbers = [counts.rows, counts.ok, counts.error, counts.deleted, counts.detections, counts.retries]
         whole = all(type(n) is int for n in [*numbers, *counts.errors_by_code.values()])
         return counts if whole and all(isinstance(s, int | float) for s in counts.seconds.values()) else None
     except (KeyError, TypeError, AttributeError):

@@ -33,6 +33,7 @@ class ShardCounts:
     rows: int = 0
     ok: int = 0
     error: int = 0
+    deleted: int = 0  # tombstones
     detections: int = 0
     retries: int = 0  # fetch attempts beyond the first
     errors_by_code: dict[str, int] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class ShardCounts:
             rows=self.rows + other.rows,
             ok=self.ok + other.ok,
             error=self.error + other.error,
+            deleted=self.deleted + other.deleted,
             detections=self.detections + other.detections,
             retries=self.retries + other.retries,
             errors_by_code=dict(Counter(self.errors_by_code) + Counter(other.errors_by_code)),
@@ -89,7 +91,7 @@ def build_shard(target: ShardTarget, shard: int, *, pinned: pa.Table, results: p
     failed = pc.is_valid(results["error_code"])
     columns: dict[str, Any] = {name: results[name] for name in results.column_names if name in DATA_SCHEMA.names}
     columns["image_id"], columns["uri"] = pinned["image_id"], pinned["uri"]
-    columns["status"] = pc.if_else(failed, "error", "ok")
+    columns["status"] = pc.if_else(pinned["__deleted"], "deleted", pc.if_else(failed, "error", "ok"))
     columns["error_transient"] = pa.array(
         [_TRANSIENT.get(code) for code in results["error_code"].to_pylist()], pa.bool_()
     )
@@ -102,7 +104,7 @@ def build_shard(target: ShardTarget, shard: int, *, pinned: pa.Table, results: p
     for name in pinned.column_names:
         if name not in table.column_names and not name.startswith("__") and name not in target.partition_by:
             table = table.append_column(pinned.schema.field(name), pinned[name])
-    about = _describe(target, shard, results)
+    about = _describe(target, shard, results, deleted=count_outcomes(table).deleted)
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(about)})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
@@ -116,9 +118,10 @@ def _label_names(labels: pa.ChunkedArray, categories: Sequence[str]) -> pa.Array
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), names, mask=pc.is_null(combined))
 
 
-def _describe(target: ShardTarget, shard: int, results: pa.Table) -> dict[str, Any]:
+def _describe(target: ShardTarget, shard: int, results: pa.Table, *, deleted: int) -> dict[str, Any]:
     """What a file says about itself. The attempt id makes every writer's bytes its own: see storage.create."""
     counts = count_results(results)
+    counts = replace(counts, ok=counts.ok - deleted, deleted=deleted)
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": target.run_id,
@@ -144,13 +147,17 @@ def count_results(results: pa.Table) -> ShardCounts:
 
 
 def count_outcomes(rows: pa.Table) -> ShardCounts:
-    """Totals over rows of a shard file, or result rows: without what only the stages knew."""
+    """Totals over rows of a shard file, or result rows, which know no status: without what only the stages knew."""
     codes = pc.value_counts(rows["error_code"].drop_null()).to_pylist()
     errors = {entry["values"]: entry["counts"] for entry in codes}
+    deleted = 0
+    if "status" in rows.column_names:
+        deleted = int(pc.sum(pc.equal(rows["status"], "deleted")).as_py() or 0)
     return ShardCounts(
         rows=rows.num_rows,
-        ok=rows.num_rows - sum(errors.values()),
+        ok=rows.num_rows - sum(errors.values()) - deleted,
         error=sum(errors.values()),
+        deleted=deleted,
         detections=pc.sum(pc.list_value_length(rows["labels"])).as_py() or 0,
         errors_by_code=errors,
     )

@@ -46,7 +46,7 @@ def wrong_rows(table: pa.Table, pinned: pa.Table, *, target: ShardTarget, shard:
     yield from _unlike_pinned(table, pinned)
     yield from _named("another run_id", _differ(table["run_id"], target.run_id))
     yield from _named("another shard", _differ(table["shard"], shard))
-    yield from _wrong_outcomes(table)
+    yield from _wrong_outcomes(table, _mask(pinned["__deleted"]))
     yield from _wrong_detections(table, target)
 
 
@@ -84,23 +84,24 @@ def _unequal(one: pa.ChunkedArray, other: pa.ChunkedArray) -> Mask:
     return np.array([repr(mine) != repr(theirs) for mine, theirs in pairs], np.bool_)
 
 
-def _wrong_outcomes(table: pa.Table) -> Iterator[WrongRows]:
-    """Status, error columns and what an ok row has go with the error code."""
+def _wrong_outcomes(table: pa.Table, deleted: Mask) -> Iterator[WrongRows]:
+    """Status, error columns and what an ok row has go with the error code, and with what the plan marks deleted."""
     code = table["error_code"]
     known = pc.index_in(code, value_set=pa.array(ERROR_CODES))
     failed, unknown = _mask(pc.is_valid(code)), _mask(pc.and_(pc.is_valid(code), pc.is_null(known)))
     yield from _named("an error_code that is none", unknown)
     stages = pa.array([stage for stage, _, _ in ERROR_CODES.values()])
     transient = pa.array([transient for _, transient, _ in ERROR_CODES.values()])
-    misfit = _differ(table["status"], pc.if_else(pc.is_valid(code), "error", "ok"))
+    tried = pc.if_else(pc.is_valid(code), "error", "ok")
+    misfit = _differ(table["status"], pc.if_else(pa.array(deleted), "deleted", tried))
     misfit |= _differ(table["error_stage"], stages.take(known))
     misfit |= _differ(table["error_transient"], transient.take(known))
     misfit |= _mask(pc.is_valid(table["error_message"])) != failed
     yield from _named("status and the error columns do not go with error_code", misfit & ~unknown)
     for name in _OF_OK_ROWS:
-        yield from _named(f"an ok row without {name}", ~failed & _mask(pc.is_null(table[name])))
+        yield from _named(f"an ok row without {name}", ~(failed | deleted) & _mask(pc.is_null(table[name])))
     for name in _FOUND:
-        yield from _named(f"an error row with {name}", failed & _mask(pc.is_valid(table[name])))
+        yield from _named(f"an error or deleted row with {name}", (failed | deleted) & _mask(pc.is_valid(table[name])))
 
 
 def _wrong_detections(table: pa.Table, target: ShardTarget) -> Iterator[WrongRows]:

@@ -1,0 +1,19 @@
+"""The benchmarks run as their first lines say, here on little."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_planning_against_a_history_finds_what_was_generated(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.plan_history", "--folder", str(tmp_path), "--runs", "3"]
+    sizes = ["--rows", "5000", "--mixed", "6000"]
+    done = subprocess.run([*command, *sizes], text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    fresh, mixed = (json.loads(line) for line in done.stdout.splitlines())
+    assert fresh["selection"].startswith("100,000 in the manifest: 100,000 new, 0 changed")
+    assert ", 60 changed, 0 failed before, 5,8" in mixed["selection"], mixed
+    assert mixed["peak_gb"] > 0
