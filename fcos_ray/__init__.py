@@ -15,7 +15,7 @@ _HOME = {
     "Image": "fcos_ray.types",
     "JobConfig": "fcos_ray.config",
     "LabelDataset": "fcos_ray.analysis.dataset",
-    "RunSummary": "fcos_ray.job",
+    "RunSummary": "fcos_ray.summary",
     "decode": "fcos_ray.inputs.decode",
     "open_dataset": "fcos_ray.analysis.dataset",
     "run": "fcos_ray.job",

@@ -12,6 +12,7 @@ from pydantic_settings import CliSuppress
 
 from fcos_ray.settings import Fraction, Positive, Seconds, Settings, Sha256, Triple, load_settings
 
+Select = Literal["new", "changed", "failed", "failed:all", "all"]
 Name = Annotated[str, Field(min_length=1)]
 
 # Settings that change what comes out for an image: written to labelling.json, shared by all runs on an output.
@@ -20,7 +21,9 @@ LABELLING_SETTINGS = (
     "topk_candidates", "exact_resize", "precision",
 )  # fmt: skip
 # Settings that, with the sources, make a request: another request on the same output is another run.
-REQUEST_SETTINGS = ("partition_by", "columns", "rename", "limit", "drop_duplicates", "refused_uris")
+REQUEST_SETTINGS = (
+    "partition_by", "columns", "rename", "limit", "drop_duplicates", "refused_uris", "select", "tombstones",
+)  # fmt: skip
 
 
 class JobConfig(Settings):
@@ -49,6 +52,22 @@ class JobConfig(Settings):
     refused_uris: Literal["stop", "error"] = Field(
         "stop", description="Uris that may not be read: stop before any work, or make them error rows"
     )
+    select: list[Select] = Field(
+        ["new", "changed"],
+        min_length=1,
+        description="What of the manifest to label, given what this output's runs have labelled: new, changed, failed "
+        "(transient errors), failed:all (any error), or all",
+    )
+    check_changed: CliSuppress[bool] = Field(
+        False, description="Ask the store whether images changed, one request each, instead of the manifest alone"
+    )
+    tombstones: CliSuppress[bool] = Field(
+        False,
+        description="Mark images deleted that were labelled and are no longer in the manifest, which must be whole",
+    )
+    max_tombstone_fraction: CliSuppress[Fraction] = Field(
+        0.1, description="Refuse a manifest in which a larger share of the labelled images is no more"
+    )
     allow_root: list[str] = Field(
         [], description="Local folders below which images may be read (default: the folder of a local manifest)"
     )
@@ -65,7 +84,7 @@ class JobConfig(Settings):
     weights: str = Field(
         "COCO_V1", description="COCO_V1, a .pth or .safetensors path or uri, sample (drawn shapes), or random:<seed>"
     )
-    weights_sha256: Sha256 | None = Field(
+    weights_sha256: CliSuppress[Sha256 | None] = Field(
         None, description="Refuse weights whose file has another hash; nothing is parsed from it before"
     )
     num_classes: Annotated[int, Field(ge=2)] | None = Field(
@@ -104,7 +123,7 @@ class JobConfig(Settings):
     num_detectors: Positive | None = Field(
         None, description="Detectors at most (default: as many as the cluster holds)"
     )
-    gpus_per_detector: Annotated[float, Field(ge=0, le=8)] | None = Field(
+    gpus_per_detector: CliSuppress[Annotated[float, Field(ge=0, le=8)] | None] = Field(
         None, description="GPUs each detector reserves (default: 1 with --device cuda, else 0)"
     )
     load_cpus: CliSuppress[Annotated[float, Field(gt=0)] | None] = Field(
@@ -131,6 +150,9 @@ class JobConfig(Settings):
     )
 
     # The run
+    if_running: CliSuppress[Literal["join", "wait", "exit"]] = Field(
+        "join", description="When another driver is at work on an open run: share the work, wait for it, or end with 0"
+    )
     max_transient_fraction: CliSuppress[Fraction] = Field(
         0.1,
         description="A shard with a larger share of transient errors is not committed but tried later; below 1, nor is one "
@@ -150,6 +172,9 @@ class JobConfig(Settings):
     )
     max_error_fraction: Fraction | None = Field(None, description="Exit with 3 when more of the rows are errors")
     dry_run: bool = Field(False, description="Plan, print what would be done, and end")
+    explain: Name | None = Field(
+        None, description="Plan, say why the image with this image_id would be labelled or not, and end"
+    )
 
     @model_validator(mode="after")
     def _sizes_are_ordered(self) -> JobConfig:
@@ -171,6 +196,16 @@ class JobConfig(Settings):
             raise ValueError(f"uri_column and image_id_column are both {self.uri_column}; leave image_id_column out")
         return self
 
+    @model_validator(mode="after")
+    def _selection_makes_sense(self) -> JobConfig:
+        if len(self.select) > 1 and "all" in self.select:
+            raise ValueError(f"select all takes the others in, got {', '.join(self.select)}; give it alone")
+        if self.check_changed and not {"changed", "all"} & set(self.select):
+            raise ValueError(f"check_changed wants changed among select, got {', '.join(self.select)}")
+        if self.tombstones and self.limit is not None:
+            raise ValueError(f"tombstones wants the whole manifest, got limit {self.limit}; leave one of them out")
+        return self
+
     @property
     def renames(self) -> dict[str, str]:
         """What manifest columns are called from here on: `rename`, uri_column and image_id_column in one."""
@@ -184,7 +219,8 @@ class JobConfig(Settings):
 
     def request_settings(self) -> dict[str, Any]:
         """The settings that make a request, as JSON values; however a column was renamed, it is one request."""
-        return self.model_dump(mode="json", include=set(REQUEST_SETTINGS)) | {"rename": self.renames}
+        asked = self.model_dump(mode="json", include=set(REQUEST_SETTINGS))
+        return asked | {"rename": self.renames, "select": sorted(set(self.select))}
 
 
 def load_config(arguments: list[str]) -> JobConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import random
 import re
 import time
 from collections import Counter
@@ -26,12 +27,16 @@ from fcos_ray.inputs.pin import PinnedFile, read_shard
 from fcos_ray.layout import Layout
 from fcos_ray.outputs.commit import ShardTarget, commit_shard, list_committed
 from fcos_ray.outputs.gather import Gather, WholeShard
+from fcos_ray.outputs.pulse import Pulse, drivers_at_work
 from fcos_ray.pinned import PinnedRun
 from fcos_ray.pipeline import LoadSettings, MakeDetector, Stages, result_rows
 from fcos_ray.progress import RunProgress
 
 logger = logging.getLogger("fcos_ray")
 _COMMITS_IN_FLIGHT: Final = 8
+_LOOK_SECONDS: Final = (
+    30.0  # between looks whether other drivers have done the rest: a listing each, where there are others
+)
 # Ray Data's loggers that tell of every execution that it ended, and that our setting of no progress bars was followed.
 _CHATTY: Final = ("ray.data._internal.execution.streaming_executor", "ray.data._internal.progress")
 # A disk that waiting does not mend: the run stops at once instead of labelling what cannot be kept.
@@ -85,6 +90,8 @@ class Execution:
         self._settings = settings
         self._commits: dict[ray.ObjectRef[bool], WholeShard] = {}
         self._progress: RunProgress | None = None
+        self._pulse = Pulse(run.target.output, run.target.run_id)
+        self._next_look = time.monotonic() + _LOOK_SECONDS
         self.stats = ExecutionStats()
         context = ray.data.DataContext.get_current()
         context.execution_no_progress_timeout_s = settings.stall_seconds
@@ -96,13 +103,17 @@ class Execution:
 
     def label(self) -> ExecutionStats:
         """Come back when every shard is committed. Raises RunStopped when rounds end without progress."""
-        missing = self._missing()
+        with self._pulse:
+            return self._label()
+
+    def _label(self) -> ExecutionStats:
+        missing = self._ordered(self._missing())
         done = sum(self._shard_rows) - sum(self._shard_rows[shard] for shard in missing)
         idle, wait = 0, self._settings.round_wait_seconds
         with RunProgress(num_rows=sum(self._shard_rows), done=done) as self._progress:
             while missing:
                 trouble = self._round(missing)
-                still_missing = self._missing()
+                still_missing = self._ordered(self._missing())
                 idle = 0 if len(still_missing) < len(missing) else idle + 1
                 missing = still_missing
                 if missing and idle >= self._settings.max_rounds:
@@ -129,6 +140,29 @@ class Execution:
             else:
                 return [shard for shard in range(len(self._shard_rows)) if shard not in committed]
 
+    def _ordered(self, shards: list[int]) -> list[int]:
+        """Drivers on one run begin at different ends, so that they meet instead of doing everything twice."""
+        others = self._others()
+        if others:
+            logger.info("at work on run %s too: %s", self._run.target.run_id, ", ".join(others))
+        return shards if not others else shards[::-1] if len(others) == 1 else random.sample(shards, len(shards))
+
+    def _others(self) -> list[str]:
+        """Other drivers on this run; in an outage none are known."""
+        target = self._run.target
+        try:
+            found = drivers_at_work(target.output, target.run_id)
+        except (*storage.STORE_ERRORS, StorageError):
+            return []
+        return [driver.name for driver in found if driver.name != self._pulse.name]
+
+    def _all_done_elsewhere(self) -> bool:
+        """Whether other drivers have committed what this one still labels. Asked now and then."""
+        if time.monotonic() < self._next_look:
+            return False
+        self._next_look = time.monotonic() + _LOOK_SECONDS
+        return bool(self._others()) and not self._missing()
+
     def _why_stopped(self, missing: Sequence[int], trouble: str) -> str:
         rows = sum(self._shard_rows[shard] for shard in missing)
         return (
@@ -151,6 +185,8 @@ class Execution:
                         else:
                             set_aside += whole.errors_by_code
                     trouble = self._reap(leave=_COMMITS_IN_FLIGHT) or trouble
+                    if self._all_done_elsewhere():
+                        break
         except RayError as error:
             trouble = _restartable(error)
         except StageStalled as error:

@@ -8,66 +8,52 @@ from __future__ import annotations
 
 import functools
 import logging
-import platform
+import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final
 
 import ray
 
-import fcos_ray
 from fcos_ray import storage
 from fcos_ray.config import JobConfig
 from fcos_ray.errors import ConfigError, ManifestError, OutputError, StorageError
-from fcos_ray.execution import Execution, ExecutionSettings, ExecutionStats
-from fcos_ray.inputs.fetch import FetchPolicy
-from fcos_ray.inputs.manifests import Source, find_sources
+from fcos_ray.execution import Execution, ExecutionSettings
+from fcos_ray.inputs.manifests import find_sources
 from fcos_ray.inputs.pin import pin, read_partitions
-from fcos_ray.inputs.plan import Draft, PlanSettings, draft_plan
+from fcos_ray.inputs.plan import Draft, draft_plan
+from fcos_ray.inputs.selection import History
 from fcos_ray.layout import Cluster, Layout, plan_layout
 from fcos_ray.model.architectures import INPUT_SETTINGS, Weights
 from fcos_ray.model.detector import Detector
 from fcos_ray.model.weights import load_weights
 from fcos_ray.outputs import runs
 from fcos_ray.outputs.audit import audit
-from fcos_ray.outputs.commit import ShardCounts
-from fcos_ray.outputs.schema import RESERVED_COLUMNS
-from fcos_ray.pinned import pinned_run
+from fcos_ray.outputs.index import index_uri
+from fcos_ray.outputs.pulse import drivers_at_work
+from fcos_ray.outputs.retractions import create_retracted
+from fcos_ray.pinned import index_run, pinned_run
 from fcos_ray.pipeline import ImageDetector, LoadSettings, MakeDetector
+from fcos_ray.request import (
+    categories,
+    check_no_secrets,
+    fetch_policy,
+    labelling,
+    make_request,
+    output_uri,
+    plan_settings,
+)  # fmt: skip
 from fcos_ray.session import ray_session
+from fcos_ray.summary import RunSummary, summarise, versions
 
 logger = logging.getLogger("fcos_ray")
-
-
-@dataclass(frozen=True, slots=True)
-class RunSummary:
-    """What a job did. The last line on stdout is this as JSON."""
-
-    state: Literal["complete", "nothing_to_do", "planned"]
-    output: str
-    run_id: str
-    rows: int
-    shards: int
-    ok: int = 0
-    error: int = 0
-    errors_by_code: dict[str, int] = field(default_factory=dict)
-    detections: int = 0
-    duplicates_dropped: int = 0
-    uris_refused: int = 0
-    images_per_second: float | None = None  # steady state of this process: from its first to its last commit
-    wall_seconds: float = 0.0
-    startup_seconds: float | None = None  # until the first commit
-    retries: int = 0  # fetch attempts beyond the first
-    seconds: dict[str, float] = field(default_factory=dict)  # per stage, summed over images, restarts included
-
-    @property
-    def error_fraction(self) -> float:
-        return self.error / self.rows if self.rows else 0.0
+_WAIT_SECONDS: Final = 10.0  # between two looks whether another driver is still at work
 
 
 def run(config: JobConfig, *, make_detector: MakeDetector | None = None) -> RunSummary:
@@ -93,6 +79,8 @@ def _run(config: JobConfig, make_detector: MakeDetector | None) -> RunSummary:
     while True:
         job.look()
         decision = job.resolve()
+        if config.explain is not None and not isinstance(decision, runs.Refuse):
+            return job.explain(decision, started)
         match decision:
             case runs.Refuse(differences):
                 raise OutputError(_explain_refusal(job.output, differences))
@@ -101,16 +89,25 @@ def _run(config: JobConfig, make_detector: MakeDetector | None) -> RunSummary:
                 return job.summary_of_finished(run_id, started)
             case runs.Resume(run_id):
                 record = runs.read_run(job.output, run_id)
-                logger.info("run %s is open: going on with its pinned plan", run_id)
                 if config.dry_run:
                     return job.planned(run_id, rows=record["num_rows"], shards=record["num_shards"], started=started)
+                if config.if_running != "join" and (others := drivers_at_work(job.output, run_id)):
+                    logger.info("run %s is open, and at work on it is %s", run_id, others[0].name)
+                    if config.if_running == "exit":
+                        return job.running(record, started)
+                    time.sleep(_WAIT_SECONDS)
+                    continue
+                logger.info("run %s is open: going on with its pinned plan", run_id)
                 storage.probe_create_if_absent(job.output)
             case runs.New(run_id):
                 if not config.dry_run:  # before the plan, which may take long
                     storage.probe_create_if_absent(job.output)
-                with draft_plan(job.sources, job.plan_settings) as draft:
+                with job.draft() as draft:
+                    logger.info("%s", draft.selection.describe())
                     if config.dry_run:
-                        return job.planned(run_id, rows=draft.num_rows, shards=draft.num_shards, started=started)
+                        return job.planned_draft(run_id, draft, started)
+                    if not draft.num_rows:
+                        return job.nothing_selected(draft, started)
                     pinned = job.pin(draft, run_id)
                 if pinned is None:  # somebody else pinned a run meanwhile
                     continue
@@ -130,21 +127,13 @@ class _Job:
 
     def __init__(self, config: JobConfig, make_detector: MakeDetector | None) -> None:
         self._make_detector = make_detector
-        _check_no_secrets(config)
-        try:
-            location = storage.parse_uri(config.output)
-        except storage.InvalidUri as error:
-            raise ConfigError(f"output is not a uri that can be written: {error}") from error
-        if location.scheme in ("http", "https", "ftp"):
-            raise ConfigError(
-                f"output wanted a folder or an s3:// prefix, got {location.scheme}://, which is read only"
-            )
-        self.output = location.uri
+        check_no_secrets(config)
+        self.output = output_uri(config)
         find_sources(config.manifest)  # a typo is said before the weights are read
         self._weights = load_weights(
             config.weights,
             num_classes=config.num_classes,
-            categories=_categories(config.categories),
+            categories=categories(config.categories),
             sha256=config.weights_sha256,
         )
         # What the weights decide where no setting does: it is recorded as if it had been set.
@@ -153,27 +142,67 @@ class _Job:
         self.config = config.model_copy(update=self._input)
 
     def look(self) -> None:
-        """Take the manifests as they are now: finishing an open run may have taken hours."""
-        config = self.config
-        self.sources = find_sources(config.manifest)
-        sources = [{"uri": s.uri, "num_bytes": s.num_bytes, "version": s.version} for s in self.sources]
-        self.request = runs.Request(
-            runs.request_digest(sources, config.request_settings()), _labelling(self._weights, config)
-        )
-        self.fetch_policy = _fetch_policy(config, self.sources)
-        self.plan_settings = _plan_settings(config, self._input, self.fetch_policy)
+        """Take manifests and output as they are now: finishing an open run may have taken hours."""
+        self.sources = find_sources(self.config.manifest)
+        self.request = make_request(self.config, self.sources, labelling(self._weights, self.config))
+        self.fetch_policy = fetch_policy(self.config, self.sources)
+        self.existing = runs.read_existing(self.output)
 
     def resolve(self) -> runs.Decision:
-        """What is to be done on the output as it is now."""
-        existing = runs.list_runs(self.output)
-        labelling = runs.read_labelling(self.output)
-        if existing and labelling is None:
+        """What is to be done on the output as it was when it was looked at."""
+        labelled_as = runs.read_labelling(self.output)
+        if self.existing.runs and labelled_as is None:
             raise OutputError(f"{self.output}/labelling.json is gone, so nobody knows what made its runs; put it back")
-        return runs.resolve(existing, labelling, self.request)
+        return runs.resolve(self.existing, labelled_as, self.request)
+
+    @contextmanager
+    def draft(self) -> Iterator[Draft]:
+        """What of the manifests is to be labelled, given what the output's runs have labelled."""
+        changes_nothing = self.config.dry_run or self.config.explain is not None
+        settings = plan_settings(self.config, self._input, self.fetch_policy)
+        with tempfile.TemporaryDirectory(prefix="fcos_ray-history-") as folder:
+            history = self._history(scratch=folder if changes_nothing else None)
+            with draft_plan(self.sources, settings, history) as draft:
+                yield draft
+
+    def _history(self, *, scratch: str | None) -> History:
+        """The indexes of the runs that count; one that is missing is made."""
+        counting = [run.run_id for run in self.existing.history]
+        with ThreadPoolExecutor(16) as pool:
+            found = list(pool.map(lambda run_id: storage.stat_file(index_uri(self.output, run_id)), counting))
+        made = [file or self._index(run_id, scratch) for run_id, file in zip(counting, found, strict=True)]
+        return History(tuple(counting), tuple(made))
+
+    def _index(self, run_id: str, scratch: str | None) -> storage.StoredFile:
+        logger.info("run %s has no index: making it from its shard files", run_id)
+        record = runs.read_run(self.output, run_id)
+        return index_run(pinned_run(self.output, record, self.request.labelling), scratch=scratch)
+
+    def explain(self, decision: runs.Decision, started: float) -> RunSummary:
+        """Say why one image would be labelled or not."""
+        if isinstance(decision, runs.Resume):
+            logger.info("run %s is open: it is finished first; what follows is as of before it", decision.run_id)
+        with self.draft() as draft:
+            logger.info("%s", draft.selection.explanation)
+            return self.planned_draft("", draft, started)
 
     def planned(self, run_id: str, *, rows: int, shards: int, started: float) -> RunSummary:
         seconds = round(time.monotonic() - started, 3)
         return RunSummary("planned", self.output, run_id, rows=rows, shards=shards, wall_seconds=seconds)
+
+    def planned_draft(self, run_id: str, draft: Draft, started: float) -> RunSummary:
+        planned = self.planned(run_id, rows=draft.num_rows, shards=draft.num_shards, started=started)
+        return replace(planned, selection=draft.selection.counts(), explanation=draft.selection.explanation)
+
+    def nothing_selected(self, draft: Draft, started: float) -> RunSummary:
+        """The summary of a plan without rows: no run is made of it."""
+        last = self.existing.history[-1].run_id if self.existing.history else ""
+        return replace(self.planned_draft(last, draft, started), state="nothing_to_do")
+
+    def running(self, record: Mapping[str, Any], started: float) -> RunSummary:
+        """The summary of a run that another driver is at work on."""
+        about = self.planned(record["run_id"], rows=record["num_rows"], shards=record["num_shards"], started=started)
+        return replace(about, state="running")
 
     def pin(self, draft: Draft, run_id: str) -> dict[str, Any] | None:
         """Write the plan down; the record that counts is the one whose run.json came first.
@@ -185,11 +214,18 @@ class _Job:
         if find_sources(self.config.manifest) != self.sources:
             raise ManifestError(f"{self.sources[0].uri} or another manifest changed while it was read; run again")
         runs.create_labelling(self.output, self.request.labelling)
-        if self.resolve() != runs.New(run_id):
+        create_retracted(self.output)
+        planned_against = self.existing
+        self.existing = runs.read_existing(self.output)
+        if self.existing.history != planned_against.history or self.existing.forgotten != planned_against.forgotten:
+            return None
+        if self.resolve() != runs.New(run_id) or not runs.claim_number(self.output, run_id):
             return None
         record = {
             "run_id": run_id,
             "request_digest": self.request.digest,
+            "history": runs.history_digest(self.existing.history, self.existing.forgotten),
+            "selection": draft.selection.counts(),
             "sources": [asdict(source) for source in self.sources],
             "settings": self.config.model_dump(mode="json"),
             "partition_by": [key.name for key in draft.keys],  # what stands in paths; settings have what was asked
@@ -237,9 +273,10 @@ class _Job:
             logger.info("%d shards were committed first by another writer", stats.num_discarded)
         partitions = read_partitions(pinned.folder, pinned.files) if pinned.target.partition_by else None
         counts = audit(pinned.target, pinned.shard_rows, partitions=partitions)
-        summary = _summarise(self.output, record, counts, stats, started)
-        about = {"layout": asdict(layout), "versions": _versions(), "finished_at": datetime.now(UTC).isoformat()}
+        summary = summarise(self.output, record, counts, stats, started)
+        about = {"layout": asdict(layout), "versions": versions(), "finished_at": datetime.now(UTC).isoformat()}
         runs.create_success(self.output, record["run_id"], asdict(summary) | about)
+        index_run(pinned)
         return summary
 
     def _check_allowed(self, record: Mapping[str, Any]) -> None:
@@ -300,96 +337,3 @@ class _Job:
 def _make_fcos(weights: ray.ObjectRef[Weights], options: Mapping[str, Any]) -> ImageDetector:
     # The weights come through Ray's object store: one copy per node, none per detector.
     return Detector(ray.get(weights), **options)
-
-
-def _labelling(weights: Weights, config: JobConfig) -> dict[str, Any]:
-    """What all runs of an output share: labelling.json."""
-    return {
-        "architecture": weights.architecture,
-        "weights": weights.name,
-        "weights_sha256": weights.sha256,
-        "categories": list(weights.categories),
-        "settings": config.labelling_settings(),
-    }
-
-
-def _check_no_secrets(config: JobConfig) -> None:
-    """Settings are written to run.json and stand in every log: raise ConfigError for uris that hold secrets."""
-    named = [("manifest", uri) for uri in config.manifest] + [("output", config.output), ("weights", config.weights)]
-    for name, uri in named:
-        if what := storage.secret_in(uri):
-            raise ConfigError(
-                f"{name} wanted a uri without secrets, got {storage.without_secrets(uri)}, which {what}; it would be "
-                "written to run.json. Give credentials in the environment, or a copy of the file"
-            )
-
-
-def _categories(given: Sequence[str] | None) -> list[str] | None:
-    if given is not None and len(given) == 1 and Path(given[0]).is_file():
-        return [line.strip() for line in Path(given[0]).read_text().splitlines() if line.strip()]
-    return list(given) if given is not None else None
-
-
-def _fetch_policy(config: JobConfig, sources: Sequence[Source]) -> FetchPolicy:
-    folders = [storage.parent(s.uri) for s in sources if storage.parse_uri(s.uri).scheme == "file"]
-    roots = [Path(root) for root in config.allow_root or dict.fromkeys(folders)]
-    if absent := [str(root) for root in roots if not root.is_dir()]:
-        raise ConfigError(f"--allow-root {absent[0]}: no such folder")
-    return FetchPolicy(
-        # Both spellings: uris are held against the root as it was given, and against the real one when they are read.
-        allow_roots=tuple(dict.fromkeys(str(p) for root in roots for p in (root.absolute(), root.resolve()))),
-        allow_schemes=("s3", "file", *(("http", "https") if config.allow_http else ())),
-        allow_private_hosts=config.allow_private_hosts,
-        max_bytes=config.max_image_bytes,
-        timeout_seconds=config.fetch_timeout_seconds,
-        deadline_seconds=config.fetch_deadline_seconds,
-        max_attempts=config.fetch_max_attempts,
-        concurrency=config.fetch_concurrency,
-    )
-
-
-def _plan_settings(config: JobConfig, sizes: Mapping[str, int], fetch_policy: FetchPolicy) -> PlanSettings:
-    return PlanSettings(
-        partition_by=tuple(config.partition_by),
-        columns=None if config.columns is None else tuple(config.columns),
-        rename=config.renames,
-        limit=config.limit,
-        drop_duplicates=config.drop_duplicates,
-        refused_uris=config.refused_uris,
-        shard_rows=config.shard_rows,
-        max_files=config.max_files,
-        min_size=sizes["min_size"],
-        max_size=sizes["max_size"],
-        fetch=fetch_policy,
-        reserved_columns=RESERVED_COLUMNS,
-    )
-
-
-def _summarise(
-    output: str, record: Mapping[str, Any], counts: ShardCounts, stats: ExecutionStats, started: float
-) -> RunSummary:
-    rate = stats.images_per_second
-    return RunSummary(
-        state="complete",
-        output=output,
-        run_id=record["run_id"],
-        rows=counts.rows,
-        shards=record["num_shards"],
-        ok=counts.ok,
-        error=counts.error,
-        errors_by_code=counts.errors_by_code,
-        detections=counts.detections,
-        duplicates_dropped=record["duplicates_dropped"],
-        uris_refused=record["uris_refused"],
-        images_per_second=None if rate is None else round(rate, 3),
-        wall_seconds=round(time.monotonic() - started, 3),
-        startup_seconds=None if stats.first_commit is None else round(stats.first_commit - started, 3),
-        retries=counts.retries,
-        seconds={stage: round(seconds, 3) for stage, seconds in counts.seconds.items()},
-    )
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "torchvision", "ray", "pyarrow", "pillow", "duckdb")
-    ours = {"fcos_ray": fcos_ray.__version__, "python": platform.python_version()}
-    return ours | {name: version(name) for name in names}

@@ -1,4 +1,4 @@
-"""Pinned: a run's record -> its plan, a pure function from shard number to rows. Knows run.json's words, reads nothing."""
+"""Pinned: a run's record -> its plan, a pure function from shard number to rows. Knows run.json's words."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from fcos_ray import storage
-from fcos_ray.inputs.pin import PinnedFile
+from fcos_ray.inputs.pin import PinnedFile, read_shard
 from fcos_ray.outputs.commit import ShardTarget
+from fcos_ray.outputs.index import ensure_index
 from fcos_ray.outputs.runs import run_folder
 
 
@@ -33,3 +36,12 @@ def pinned_run(output: str, record: Mapping[str, Any], labelling: Mapping[str, A
         folder=storage.join(run_folder(output, run_id), record["attempt"]),
         files=tuple(PinnedFile(f["name"], f["first_shard"], tuple(f["shard_rows"])) for f in record["files"]),
     )
+
+
+def index_run(run: PinnedRun, *, scratch: str | None = None) -> storage.StoredFile:
+    """The index of a run that is finished or abandoned, made when it is missing: see outputs/index.py."""
+
+    def read_pinned(shard: int) -> pa.Table:
+        return read_shard(run.folder, run.files, shard)
+
+    return ensure_index(run.target.output, run.target.run_id, read_pinned, scratch=scratch)

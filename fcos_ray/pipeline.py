@@ -26,10 +26,10 @@ from ray.data.exceptions import ExecutionTimeoutError
 
 from fcos_ray import storage
 from fcos_ray.errors import DetectError, FetchError, ImageError, StageStalled, StorageError
+from fcos_ray.inputs.columns import DELETED, REFUSED
 from fcos_ray.inputs.fetch import FetchPolicy, fetch_many
 from fcos_ray.inputs.guard import GuardedDecoder
 from fcos_ray.inputs.pin import PinnedFile, read_shard
-from fcos_ray.inputs.plan import REFUSED
 from fcos_ray.layout import READ_CPUS, Layout
 from fcos_ray.outputs.schema import LOADED_SCHEMA, RESULT_SCHEMA
 from fcos_ray.roll import AtWork, Roll
@@ -172,12 +172,13 @@ def _read(numbers: pa.Table, *, pinned_folder: str, files: Sequence[PinnedFile])
                 "row": pa.array(np.arange(pinned.num_rows, dtype=np.int32)),
                 "uri": pinned["uri"],
                 "refused": pinned[REFUSED],
+                "deleted": pinned[DELETED],
             }
         )
 
 
 def _load(rows: pa.Table, *, settings: LoadSettings, roll: Roll | None = None) -> Iterator[pa.Table]:
-    """Rows of (shard, row, uri, refused) -> tables of LOADED_SCHEMA, about _LOADED_BYTES of pixels each."""
+    """Rows of (shard, row, uri, refused, deleted) -> tables of LOADED_SCHEMA, about _LOADED_BYTES of pixels each."""
     waiting: list[dict[str, Any]] = []
     waiting_bytes = 0
     with _working(roll, "load", rows):
@@ -200,7 +201,9 @@ def _working(roll: Roll | None, stage: str, rows: pa.Table) -> AbstractContextMa
 def _loaded_rows(rows: Sequence[dict[str, Any]], settings: LoadSettings) -> Iterator[dict[str, Any]]:
     wanted = []
     for row in rows:
-        if row["refused"] is None:
+        if row["deleted"]:  # nothing to look at: what comes out says that the image is gone
+            yield _key(row)
+        elif row["refused"] is None:
             wanted.append(row)
         else:
             yield _key(row) | _failure(FetchError("uri_refused", row["refused"]))

@@ -28,6 +28,8 @@ VALUES: dict[str, tuple[str, Any]] = {  # hidden setting: as a flag, as a value
     "fetch_concurrency": ("4", 4), "max_image_bytes": ("1000", 1000), "max_pixels": ("77", 77),
     "decode_deadline_seconds": ("3", 3.0), "decode_memory_bytes": ("300000000", 300_000_000),
     "max_transient_fraction": ("0.5", 0.5), "max_rounds": ("2", 2), "round_wait_seconds": ("0", 0.0),
+    "check_changed": ("", True), "tombstones": ("", True), "max_tombstone_fraction": ("0.5", 0.5),
+    "if_running": ("wait", "wait"), "weights_sha256": ("a" * 64, "a" * 64), "gpus_per_detector": ("0.5", 0.5),
     "stall_seconds": ("60", 60.0), "grace_seconds": ("5", 5.0), "load_cpus": ("2", 2.0),
 }  # fmt: skip
 
@@ -224,3 +226,23 @@ def test_a_uri_in_the_wrong_place_is_shown_without_its_secret(uri: str, monkeypa
     for message in (without_a_flag, of_another_flag, refusal(["--output", "out"])):
         assert "m.parquet" in message
         assert "hunter2" not in message
+
+
+CONTRADICTIONS = {
+    "--select all,new": "select all takes the others in, got all, new; give it alone",
+    "--select new --check-changed": "check_changed wants changed among select, got new",
+    "--tombstones --limit 5": "tombstones wants the whole manifest, got limit 5",
+    "--select newest": "select",
+    "--if-running maybe": "if_running",
+}
+
+
+@pytest.mark.parametrize("arguments", CONTRADICTIONS)
+def test_selections_that_contradict_themselves_are_refused(arguments: str) -> None:
+    assert CONTRADICTIONS[arguments] in refusal([*NEEDED, *arguments.split()])
+
+
+def test_the_order_of_a_selection_is_no_other_request() -> None:
+    one, other = (load_config([*NEEDED, "--select", text]) for text in ("new,failed", "failed,new,failed"))
+    assert one.request_settings() == other.request_settings()
+    assert one.request_settings() != load_config(NEEDED).request_settings()

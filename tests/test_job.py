@@ -156,7 +156,10 @@ def test_the_same_request_again_is_nothing_to_do_and_a_grown_manifest_a_new_run(
     assert files_of(tmp_path) == files
     pq.write_table(table.slice(0, 30), manifest)
     second = fr.run(config(manifest, tmp_path), make_detector=PixelDetector)
-    assert (second.state, second.rows, second.run_id[:6]) == ("complete", 30, "000002")
+    assert (second.state, second.rows, second.run_id[:6]) == ("complete", 10, "000002"), "what is new"
+    assert second.selection["up_to_date"] + second.selection["failed_for_good"] == 20
+    whole = fr.run(config(manifest, tmp_path, select=["all"]), make_detector=PixelDetector)
+    assert (whole.state, whole.rows, whole.run_id[:6]) == ("complete", 30, "000003")
     assert files.items() < files_of(tmp_path).items()
 
 
@@ -196,7 +199,7 @@ def test_a_run_that_broke_is_finished_first_and_its_files_stay(corpus: Path, tmp
     grown = corpus / "grown.parquet"
     table = pq.read_table(corpus / "manifest.parquet")
     pq.write_table(table.slice(0, 70), grown)
-    summary = fr.run(config(grown, out, shard_rows=4), make_detector=BreaksLater)
+    summary = fr.run(config(grown, out, shard_rows=4, select=["all"]), make_detector=BreaksLater)
     assert summary.run_id.startswith("000002-")
     assert before.items() <= files_of(out).items()
     assert len(list((out / "runs").glob("*/_SUCCESS.json"))) == 2

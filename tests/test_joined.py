@@ -1,0 +1,84 @@
+"""Two drivers on one run: they begin at different ends, and stop when they meet."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fcos_ray as fr
+from fcos_ray import execution, job
+from fcos_ray.outputs import runs
+from fcos_ray.outputs.pulse import Pulse, drivers_at_work
+from fcos_ray.sample import write_sample
+from fcos_ray.types import Image
+from tests.corpus import PixelDetector, config, rows_of
+from tests.nights import Crash, run_night, write_night
+
+
+def test_a_second_driver_begins_at_the_other_end_and_both_end_when_they_meet(
+    tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other driver is a thread that commits shard after shard from the front, as it would."""
+    write_sample(tmp_path / "corpus", num_images=60, seed=3, num_broken=0)
+    manifest, output = tmp_path / "corpus" / "manifest.parquet", tmp_path / "out"
+    with pytest.raises(Crash):
+        run_night(manifest, output, crash_after=0, shard_rows=2, weights="random:1")
+    [run] = runs.list_runs(str(output))
+    monkeypatch.setattr(execution, "_LOOK_SECONDS", 0.5)
+    log = tmp_path / "detected"
+
+    class SlowDetector(PixelDetector):
+        """Half a second an image, and a line in a file for each."""
+
+        def detect(self, images: Sequence[Image]) -> Any:
+            with log.open("a") as file:
+                file.writelines("image\n" for _ in images)
+            time.sleep(0.5 * len(images))
+            return super().detect(images)
+
+    def other() -> None:
+        while not list((output / "detections").rglob("*.parquet")):  # ours has begun, at its end
+            time.sleep(0.05)
+        run_night(manifest, output, shard_rows=2, weights="random:1")
+
+    caplog.set_level("INFO", logger="fcos_ray")
+    thread = threading.Thread(target=other)
+    with Pulse(str(output), run.run_id) as pulse:
+        while not drivers_at_work(str(output), run.run_id):
+            time.sleep(0.01)
+        thread.start()
+        summary = fr.run(config(manifest, output, shard_rows=2), make_detector=SlowDetector)
+        assert f"at work on run {run.run_id} too: {pulse.name}" in caplog.text
+    thread.join()
+    assert (summary.state, summary.rows) == ("complete", 60)
+    assert len(rows_of(output)) == 60
+    assert len(log.read_text().splitlines()) < 60, "what the other had committed was not labelled again"
+    first = min((output / "detections").rglob("*.parquet"), key=lambda file: file.stat().st_mtime_ns)
+    assert int(first.stem) > 15, "the last shards first"
+
+
+def test_who_is_told_to_wait_waits_until_nobody_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = str(tmp_path / "out")
+    manifest = write_night(tmp_path / "m.parquet", {f"i{n}": "1" for n in range(6)})
+    with pytest.raises(Crash):
+        run_night(manifest, output, crash_after=1)
+    [run] = runs.list_runs(output)
+    monkeypatch.setattr(job, "_WAIT_SECONDS", 0.05)
+    summaries: list[fr.RunSummary] = []
+    with Pulse(output, run.run_id):
+        while not drivers_at_work(output, run.run_id):
+            time.sleep(0.01)
+        left = run_night(manifest, output, if_running="exit")
+        assert (left.state, left.run_id, left.rows) == ("running", run.run_id, 6)
+        waiting = threading.Thread(target=lambda: summaries.append(run_night(manifest, output, if_running="wait")))
+        waiting.start()
+        waiting.join(1.0)
+        assert waiting.is_alive()
+        assert runs.list_runs(output)[0].state == "open"
+    waiting.join()
+    assert (summaries[0].state, summaries[0].rows) == ("complete", 6)
