@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fcos_ray import storage
 from fcos_ray.errors import OutputError
 from fcos_ray.inputs.pin import read_partitions, read_shard
 from fcos_ray.outputs import runs
-from fcos_ray.outputs.audit import Findings, Kind, audit_run
-from fcos_ray.outputs.commit import ShardCounts
+from fcos_ray.outputs.audit import Findings, Kind, RunAudit, audit_run
+from fcos_ray.outputs.retractions import read_retracted, retracted_uri
 from fcos_ray.outputs.rows import wrong_rows
 from fcos_ray.pinned import PinnedRun, pinned_run
 
@@ -30,6 +31,8 @@ class AuditSummary:
     open_runs: int
     shards: int
     open_shards: int  # of open runs, not committed yet
+    abandoned_shards: int  # of abandoned runs, never to come
+    forgotten_rows: int  # taken out again by jobs/runs.py forget
     rows: int
     findings: dict[Kind, int] = field(default_factory=dict)
     examples: dict[Kind, list[str]] = field(default_factory=dict)
@@ -53,6 +56,8 @@ def audit_output(output: str, *, run_id: str | None = None, deep: bool = False) 
         )
     if run_id is None:
         _find_strangers(output, {*damaged, *(state.run_id for state in states)}, findings)
+        _check_retracted(output, states, findings)
+    states = [state for state in states if state.state != "purged"]  # what a purge leaves behind is no finding
     if labelling is None:
         states = []  # nothing to hold them against
     totals = [_audit_run(output, state, labelling or {}, findings, deep=deep) for state in states]
@@ -60,9 +65,11 @@ def audit_output(output: str, *, run_id: str | None = None, deep: bool = False) 
         output,
         deep,
         runs=len(states),
-        open_runs=sum(not state.finished for state in states),
+        open_runs=sum(state.state == "open" for state in states),
         shards=sum(total.shards for total in totals),
         open_shards=sum(total.open_shards for total in totals),
+        abandoned_shards=sum(total.abandoned_shards for total in totals),
+        forgotten_rows=sum(total.forgotten_rows for total in totals),
         rows=sum(total.rows for total in totals),
         findings=dict(findings.num_by_kind),
         examples=findings.examples,
@@ -110,7 +117,26 @@ def _read_labelling(output: str, findings: Findings) -> dict[str, Any] | None:
 class _Total:
     shards: int = 0
     open_shards: int = 0
+    abandoned_shards: int = 0
     rows: int = 0
+    forgotten_rows: int = 0
+
+
+def _check_retracted(output: str, states: Iterable[runs.RunState], findings: Findings) -> None:
+    """Whether the table for readers that know no marks says what the marks say."""
+    marked = sorted(state.run_id for state in states if state.state in ("retracted", "purged"))
+    try:
+        table = read_retracted(output)
+    except (pa.ArrowException, KeyError, OSError) as error:
+        if _is_the_stores(error):
+            raise
+        findings.add("unreadable", f"{retracted_uri(output)}: {error}; jobs/runs.py retract or restore writes it anew")
+        return
+    if table != marked and (marked or table is not None):
+        words = (
+            f"{retracted_uri(output)} names {table}, retracted are {marked}: plain SQL counts other rows than it should"
+        )
+        findings.add("stale", f"{words}; jobs/runs.py retract or restore on any of them writes it anew")
 
 
 def _find_strangers(output: str, run_ids: Iterable[str], findings: Findings) -> None:
@@ -157,22 +183,32 @@ def _audit_run(
 
     def check_rows(shard: int, uri: str, table: pa.Table, found: Findings) -> None:
         pinned = _read_pinned(plan, shard)
-        if pinned is None or pinned.num_rows != table.num_rows:
+        places = [] if pinned is None else pc.indices_nonzero(pc.is_valid(pinned["image_id"])).to_pylist()
+        if pinned is None or places != table["row"].to_pylist():  # a row that was forgotten is blank in the plan
             found.add("unreadable", f"the pinned rows of {uri} below {plan.folder}")
             return
+        pinned = pinned.take(pa.array(places, pa.int64()))
         for wrong in wrong_rows(table, pinned, target=plan.target, shard=shard):
             found.add("wrong_rows", f"{uri}: {wrong.words}", count=wrong.num_rows)
 
     audited = audit_run(
         plan.target, plan.shard_rows, findings, partitions=partitions, check_rows=check_rows if deep else None
     )
-    if state.finished:
+    # A retracted run may have been abandoned before.
+    finished = storage.exists(storage.join(runs.run_folder(output, state.run_id), "_SUCCESS.json"))
+    if finished:
         if audited.num_missing:
             words = f"{audited.missing_words(state.run_id)}, though it has _SUCCESS.json"
             findings.add("missing", words, count=audited.num_missing)
         elif findings.num_by_kind.total() == before:  # else the sums cannot agree, which would say it again
-            _check_success(output, state.run_id, audited.counts, findings)
-    return _Total(audited.num_shards, 0 if state.finished else audited.num_missing, audited.counts.rows)
+            _check_success(output, state.run_id, audited, findings)
+    return _Total(
+        audited.num_shards,
+        audited.num_missing if state.state == "open" else 0,
+        audited.num_missing if state.state != "open" and not finished else 0,
+        audited.counts.rows,
+        audited.num_forgotten,
+    )
 
 
 def _read_partitions(plan: PinnedRun, findings: Findings) -> Sequence[str] | None:
@@ -202,15 +238,19 @@ def _is_the_stores(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError)
 
 
-def _check_success(output: str, run_id: str, counts: ShardCounts, findings: Findings) -> None:
+def _check_success(output: str, run_id: str, audited: RunAudit, findings: Findings) -> None:
     try:
-        success = runs.read_success(output, run_id) or {}
+        success = runs.read_success(output, run_id)
     except OutputError as error:
         findings.add("unreadable", str(error))
         return
-    for name in ("rows", "ok", "error", "detections", "errors_by_code"):
-        if success.get(name) != getattr(counts, name):
-            words = (
-                f"run {run_id}: _SUCCESS.json has {name} {success.get(name)!r}, its shards {getattr(counts, name)!r}"
-            )
-            findings.add("wrong_counts", words)
+    if success is None:
+        return
+    for name in ("rows", "ok", "error", "deleted", "detections", "errors_by_code"):
+        said, held = success.get(name, 0 if name == "deleted" else None), getattr(audited.counts, name)
+        if name == "rows":
+            held += audited.num_forgotten
+        elif audited.num_forgotten:  # nobody keeps what the forgotten rows held
+            continue
+        if said != held:
+            findings.add("wrong_counts", f"run {run_id}: _SUCCESS.json has {name} {said!r}, its shards {held!r}")

@@ -42,14 +42,16 @@ class CommittedRun:
 
     run_id: str
     record: Mapping[str, Any]  # run.json
-    success: Mapping[str, Any] | None  # _SUCCESS.json; None while the run is open
+    success: Mapping[str, Any] | None  # _SUCCESS.json; None while the run is open, or when it was abandoned
+    state: runs.State
     files: tuple[storage.StoredFile, ...]
     partition_by: tuple[str, ...]  # in the order of the path
     columns: pa.Schema  # of its rows: the files' own, then the partitions
 
     @property
-    def finished(self) -> bool:
-        return self.success is not None
+    def counts(self) -> bool:
+        """Whether its rows are part of the dataset."""
+        return self.state not in ("retracted", "purged")
 
 
 def read_runs(output: str) -> list[CommittedRun]:
@@ -57,16 +59,17 @@ def read_runs(output: str) -> list[CommittedRun]:
 
     Raises OutputError for damaged records and for files that no run writes.
     """
-    run_ids = sorted(run.run_id for run in runs.list_runs(output))
+    states = sorted(runs.list_runs(output), key=lambda run: run.run_id)
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(lambda run_id: _read_run(output, run_id), run_ids))
+        return list(pool.map(lambda run: _read_run(output, run), states))
 
 
-def _read_run(output: str, run_id: str) -> CommittedRun:
+def _read_run(output: str, run: runs.RunState) -> CommittedRun:
+    run_id = run.run_id
     record, success = runs.read_run(output, run_id), runs.read_success(output, run_id)
-    files = tuple(committed_files(output, run_id).values())
+    files = tuple(committed_files(output, run_id).values()) if run.state != "purged" else ()
     if not files:
-        return CommittedRun(run_id, record, success, (), (), DATA_SCHEMA)
+        return CommittedRun(run_id, record, success, run.state, (), (), DATA_SCHEMA)
     partition_by = _partition_keys(storage.join(data_folder(output, run_id), ""), files)
     fields = list(_footer(files[0].uri))
     if partition_by:
@@ -77,9 +80,9 @@ def _read_run(output: str, run_id: str) -> CommittedRun:
             raise OutputError(f"{folder}/run.json is damaged: it does not name its pinned files") from error
         types = {field.name: field.type for field in _footer(pinned)}
         # A key that the plan derived and no manifest holds is text, as it stands in the path.
-        fields += [pa.field(name, types.get(name, pa.string()), nullable=False) for name in partition_by]
+        fields += [pa.field(name, types.get(name, pa.string())) for name in partition_by]
     columns = pa.schema([pa.field(f.name, f.type, f.nullable) for f in fields])
-    return CommittedRun(run_id, record, success, files, partition_by, columns)
+    return CommittedRun(run_id, record, success, run.state, files, partition_by, columns)
 
 
 def _partition_keys(folder: str, files: Iterable[storage.StoredFile]) -> tuple[str, ...]:

@@ -49,12 +49,13 @@ _BOX_SOURCES: Final = (
 _RUNS_SCHEMA: Final = pa.schema(
     [
         pa.field("run_id", pa.string(), nullable=False),
-        pa.field("state", pa.string(), nullable=False),  # finished: audited and complete; open: rows are missing
+        pa.field("state", pa.string(), nullable=False),  # finished, open, abandoned, retracted or purged
         pa.field("rows", pa.int64()),  # of the pinned manifest
         pa.field("shards", pa.int64()),
         pa.field("committed_shards", pa.int64()),  # so far
-        pa.field("ok", pa.int64()),  # this and the next two are null while the run is open
+        pa.field("ok", pa.int64()),  # this and the next three are null for a run that did not end
         pa.field("error", pa.int64()),
+        pa.field("deleted", pa.int64()),  # tombstones
         pa.field("detections", pa.int64()),
         pa.field("duplicates_dropped", pa.int64()),
         pa.field("uris_refused", pa.int64()),
@@ -101,10 +102,10 @@ def open_dataset(output: str) -> LabelDataset:
 class LabelDataset:
     """What a job's runs committed to one output, as it was when opened. Methods give `Rows`: lazy, in several formats.
 
-    Rows of open runs count: they are final, there are only not all of them yet. Columns of all runs are united by name,
-    null where a run has none, whether they stood in the files or in the path; `columns` picks some of them. A column
-    with different types in different runs becomes the wider of two integers, floats, strings or binaries, and is an
-    OutputError otherwise, unless `columns` leaves it out.
+    Rows of open and abandoned runs count: they are final, there are only not all of them. Rows of retracted runs do not.
+    Columns of all runs are united by name, null where a run has none, whether they stood in the files or in the path;
+    `columns` picks some of them. A column with different types in different runs becomes the wider of two integers,
+    floats, strings or binaries, and is an OutputError otherwise, unless `columns` leaves it out.
     """
 
     output: str
@@ -120,23 +121,29 @@ class LabelDataset:
     def latest(self, *, columns: Sequence[str] | None = None) -> Rows:
         """Per image_id the row of the newest run that has it: the one with the highest run_id.
 
-        The newest row is the newest row, even when it is an error and an older one has detections.
+        The newest row is the newest row, even when it is an error and an older one has detections; where it is a tombstone
+        the image has none.
         """
-        schema = _schema(self._found, columns)
-        scans = self._scans(self._found)
-        return self._rows(schema, scans, scans.newest_rows(schema.names))
+        schema = _schema(self._counting, columns)
+        scans = self._scans(self._counting)
+        newest = scans.newest_rows([*schema.names, "status"])
+        return self._rows(schema, scans, f"{newest} WHERE status <> 'deleted'")
 
     def errors(self, *, columns: Sequence[str] | None = None) -> Rows:
         """The rows of `latest()` that are errors."""
-        schema = _schema(self._found, columns)
-        scans = self._scans(self._found)
+        schema = _schema(self._counting, columns)
+        scans = self._scans(self._counting)
         return self._rows(schema, scans, f"{scans.newest_rows([*schema.names, 'status'])} WHERE status = 'error'")
 
     def rows(self, run_id: str | None = None, *, columns: Sequence[str] | None = None) -> Rows:
-        """All rows of all runs, or of one. Raises OutputError for a run that is not there."""
-        found = self._found
+        """All rows of all runs, tombstones too, or of one. Raises OutputError for a run that is not there or retracted."""
+        found = self._counting
         if run_id is not None:
             found = tuple(run for run in found if run.run_id == run_id)
+            if not found and any(run.run_id == run_id for run in self._found):
+                raise OutputError(
+                    f"run {run_id} was retracted: its rows count nowhere; jobs/runs.py restore takes that back"
+                )
             if not found:
                 there = ", ".join(run.run_id for run in self._found)
                 raise OutputError(f"{self.output} has no run {run_id!r}; it has {there}")
@@ -151,16 +158,16 @@ class LabelDataset:
         x1, y1, x2, y2 are pixels of the image as seen. An own column that is called like one of these (`label`, say)
         comes as `manifest_<name>`.
         """
-        own = _own_names(column_names(self._found))
+        own = _own_names(column_names(self._counting))
         names = pick(columns, [*_BOX, *own])
-        united = unite(self._found, [own[name] for name in names if name in own])
+        united = unite(self._counting, [own[name] for name in names if name in own])
         schema = pa.schema(
             [
                 united.field(own[name]).with_name(name) if name in own else pa.field(name, _BOX[name][1])
                 for name in names
             ]
         )
-        scans = self._scans(self._found)
+        scans = self._scans(self._counting)
         newest = scans.newest_rows([*_BOX_SOURCES, *united.names])
         return self._rows(
             schema,
@@ -172,10 +179,14 @@ class LabelDataset:
     def runs(self) -> Rows:
         """A row per run, oldest first, from the records alone: its state, what was asked, and what came out.
 
-        ok, error, detections and finished_at are null while a run is open.
+        ok, error, deleted, detections and finished_at are null for a run that did not end.
         """
         table = pa.Table.from_pylist([_record_row(self.output, run) for run in self._found], _RUNS_SCHEMA)
         return Rows(_RUNS_SCHEMA, self.output, lambda connection: connection.from_arrow(table))
+
+    @property
+    def _counting(self) -> tuple[CommittedRun, ...]:
+        return tuple(run for run in self._found if run.counts)
 
     def _scans(self, found: Sequence[CommittedRun]) -> Scans:
         return Scans(tuple(run for run in found if run.files), self._listed)
@@ -217,14 +228,14 @@ def _record_row(output: str, run: CommittedRun) -> dict[str, Any]:
     try:
         return {
             "run_id": run.run_id,
-            "state": "finished" if run.finished else "open",
+            "state": run.state,
             "rows": record["num_rows"],
             "shards": record["num_shards"],
             "committed_shards": len(run.files),
-            **{name: success[name] if run.finished else None for name in ("ok", "error", "detections")},
+            **{name: success[name] if run.success else None for name in ("ok", "error", "deleted", "detections")},
             **{name: record[name] for name in ("duplicates_dropped", "uris_refused", "partition_by", "request_digest")},
             "created_at": datetime.fromisoformat(record["created_at"]),
-            "finished_at": datetime.fromisoformat(success["finished_at"]) if run.finished else None,
+            "finished_at": datetime.fromisoformat(success["finished_at"]) if run.success else None,
             "sources": [source["uri"] for source in record["sources"]],
         }
     except (KeyError, TypeError, ValueError) as error:

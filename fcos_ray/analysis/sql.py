@@ -13,6 +13,7 @@ from typing import Final
 
 from fcos_ray import storage
 from fcos_ray.analysis.committed import CommittedRun
+from fcos_ray.inputs.partitions import HIVE_NULL
 from fcos_ray.inputs.scans import FILE, literal, quote, uri_list
 
 _RUN: Final = "__run"  # number of a run in the order of ids
@@ -64,5 +65,7 @@ def _column(run: CommittedRun, name: str) -> str:
         return quote(name)
     folders = "".join(f"/{key}=([^/]*)" for key in run.partition_by)
     place = run.partition_by.index(name) + 1
-    text = f"url_decode(regexp_extract({FILE}, {literal(f'{folders}/[^/]*$')}, {place}))"
+    # A tombstone whose image had other partition columns stands in Hive's null.
+    found = f"nullif(regexp_extract({FILE}, {literal(f'{folders}/[^/]*$')}, {place}), {literal(HIVE_NULL)})"
+    text = f"url_decode({found})"
     return f"CAST({text} AS {_SQL_TYPES[str(run.columns.field(name).type)]}) AS {quote(name)}"

@@ -16,7 +16,7 @@ from tests.corpus import config
 
 @dataclass(frozen=True)
 class TwoRuns:
-    """`folder`/out/labels: a partitioned run over a drawn corpus with broken images, then one over its first rows."""
+    """`folder`/out/labels: a partitioned run over a drawn corpus with broken images, then its first rows once more."""
 
     folder: Path
     manifest: Path
@@ -34,6 +34,6 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> TwoR
     manifest = folder / "corpus" / "manifest.parquet"
     settings = {"shard_rows": 8, "partition_by": ["captured_at"]}
     whole = config(manifest, folder / "out" / "labels", **settings)
-    part = config(manifest, folder / "out" / "labels", **settings, limit=10)
+    part = config(manifest, folder / "out" / "labels", **settings, limit=10, select=["all"])
     summaries = fr.run(whole, make_detector=SeveralBoxes), fr.run(part, make_detector=SeveralBoxes)
     return TwoRuns(folder, manifest, summaries)

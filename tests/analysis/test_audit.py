@@ -236,7 +236,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str, bool, str]] = [
     ("of another stage", error_rows(error_stage="decode"), "wrong_rows", True, "do not go with error_code"),
     ("an error for ever", error_rows(error_transient=True), "wrong_rows", True, "do not go with error_code"),
     ("an error without words", error_rows(error_message=None), "wrong_rows", True, "do not go with error_code"),
-    ("an error with boxes", error_rows(boxes=BOXES), "wrong_rows", True, "an error row with boxes"),
+    ("an error with boxes", error_rows(boxes=BOXES), "wrong_rows", True, "an error or deleted row with boxes"),
     ("another order", rows(lambda t: t.select(t.column_names[::-1])), "wrong_rows", True, "stand in the order"),
     ("bytes for text", spoil_text, "unreadable", True, "cannot be read"),
     ("counts that are not its rows'", with_about(counts=counts(ok=1, error=1)), "wrong_counts", True, "its rows"),

@@ -342,7 +342,7 @@ def test_runs_are_told_from_their_records(output: str, tmp_path: Path) -> None:
     first, second = dataset.runs().to_arrow().to_pylist()
     assert first == {
         "run_id": "000001-00000001", "state": "finished", "rows": 3, "shards": 2, "committed_shards": 2, "ok": 3,
-        "error": 0, "detections": 3, "duplicates_dropped": 0, "uris_refused": 0,
+        "error": 0, "deleted": 0, "detections": 3, "duplicates_dropped": 0, "uris_refused": 0,
         "created_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC), "finished_at": dt.datetime(2026, 1, 1, 1, tzinfo=dt.UTC),
         "partition_by": ["p"], "sources": [str(tmp_path / "manifest-1.parquet")], "request_digest": "00000001" + "0" * 56,
     }  # fmt: skip

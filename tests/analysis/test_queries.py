@@ -109,7 +109,7 @@ def newest(two_runs: TwoRuns, monkeypatch: pytest.MonkeyPatch) -> duckdb.DuckDBP
     """A connection with the README's view, in the folder that has out/labels."""
     monkeypatch.chdir(two_runs.folder)
     connection = duckdb.connect()
-    connection.execute(queries()["the newest row of every image"])
+    connection.execute(queries()["the newest row of every image that was not retracted and is not marked deleted"])
     return connection
 
 
