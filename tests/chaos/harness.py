@@ -3,7 +3,8 @@
     python -m tests.chaos.harness --rounds 20 --seed 1
 
 Every round is one run: hit two or three times, started again when its driver died, and judged when it is complete: the
-public audit finds nothing, results equal the undisturbed ones, no data file ever changed, no process is left behind.
+public audit finds nothing, results equal the undisturbed ones, no data file ever changed, no process is left behind, and all
+drivers told of one run with every row, which the last one found open and went on with when another had died.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from rich.table import Table
 from fcos_ray.sample import write_sample
 from tests.chaos.compare import differences
 from tests.chaos.hits import HITS, Struck
-from tests.corpus import results_of
+from tests.corpus import manifest_ids, results_of
 from tests.processes import flags, kill_tree, run_job, start_job, titled
 from tests.ray_cluster import RayCluster
 
@@ -94,12 +95,15 @@ class Round:
 
     def __init__(self, number: int, kinds: Sequence[str], dice: random.Random, cluster: Nodes, corpus: Path) -> None:
         self.number, self.kinds, self.dice, self.cluster = number, kinds, dice, cluster
+        self.num_shards = -(-len(cluster.undisturbed) // SHARD_ROWS)
         self.output = Path(tempfile.mkdtemp(prefix=f"chaos-{number}-"))
         self.events: list[Event] = []
         self.starts = 0
         self.others: list[subprocess.Popen[str]] = []  # second drivers, and stopped ones
         self._started = time.monotonic()
         self._logs: list[str] = []
+        self._summaries: list[dict[str, object]] = []  # of drivers that ended well
+        self._must_go_on = False
         self._arguments = [
             *flags(manifest=corpus / "manifest.parquet", output=self.output, weights="sample", shard_rows=SHARD_ROWS),
             *flags(device="cpu", gpus_per_detector=1, stall_seconds=STALL_SECONDS, round_wait_seconds=0.5),
@@ -113,11 +117,17 @@ class Round:
         arguments = [*self._arguments, *flags(gpus_per_detector=0, num_detectors=1)]
         return start_job("detect", *arguments)
 
+    def _start_again(self) -> None:
+        """The same command after its driver died: a run that was left open is gone on with, unless another finished it."""
+        has_plan, is_done = (list(self.output.glob(f"runs/*/{name}")) for name in ("run.json", "_SUCCESS.json"))
+        self._must_go_on = bool(has_plan) and not is_done and not self.others
+        self.driver = self.start()
+
     def num_committed(self) -> int:
         return len(list(self.output.glob("detections/**/*.parquet")))
 
     def run(self) -> list[Event]:
-        moments = sorted(self.dice.randint(0, NUM_IMAGES // SHARD_ROWS * 2 // 3) for _ in self.kinds)
+        moments = sorted(self.dice.randint(0, self.num_shards * 2 // 3) for _ in self.kinds)
         with Watch(self.output).watching() as watch:
             self.driver = self.start()
             try:
@@ -136,10 +146,10 @@ class Round:
         """Wait for the moment, then for the victim, and strike."""
         until = time.monotonic() + END_SECONDS
         struck: Struck | None = None
-        while struck is None and time.monotonic() < until and self.num_committed() < NUM_IMAGES // SHARD_ROWS:
+        while struck is None and time.monotonic() < until and self.num_committed() < self.num_shards:
             if self.driver.poll() is not None:
                 self._collect(self.driver)
-                self.driver = self.start()
+                self._start_again()
             if self.num_committed() >= moment:
                 struck = HITS[kind](self)
             time.sleep(0.002 if kind == "kill a commit in its write" else 0.05)
@@ -170,7 +180,7 @@ class Round:
                 return f"a driver ended with {self.driver.returncode}: {self._logs[-1][-1500:]}"
             if self.starts >= MAX_STARTS:
                 return f"not complete after {self.starts} starts: {self._logs[-1][-1500:]}"
-            self.driver = self.start()
+            self._start_again()
         for other in self.others:
             self._collect(other)
             if other.returncode not in (0, 4, -9):
@@ -178,7 +188,10 @@ class Round:
         return ""
 
     def _collect(self, driver: subprocess.Popen[str]) -> None:
-        self._logs.append(driver.communicate(timeout=END_SECONDS)[1])
+        out, err = driver.communicate(timeout=END_SECONDS)
+        self._logs.append(err)
+        if driver.returncode == 0:
+            self._summaries.append(json.loads(out.splitlines()[-1]))
 
     def _judge(self, watch: Watch, trouble: str) -> None:
         audit = run_job("audit", *flags(output=self.output), "--deep")
@@ -188,6 +201,7 @@ class Round:
             "results": differences(results_of(self.output), self.cluster.undisturbed),
             "changed files": ", ".join(watch.changed()),
             "processes left": ", ".join(self._left_behind()),
+            "summaries": self._contradictions(),
         }
         wrong = [f"{name}: {found}" for name, found in checks.items() if found]
         logs = "\n".join(self._logs)
@@ -198,6 +212,16 @@ class Round:
         seconds, verdict = time.monotonic() - self._started, "; ".join(wrong) or "same"
         self.events.append(Event(self.number, seconds, "complete", self.num_committed(), redone, verdict))
         print(_words(self.events[-1]), flush=True)
+
+    def _contradictions(self) -> str:
+        """What drivers that ended well should not have said."""
+        told = {(s["run_id"], s["rows"]) for s in self._summaries}
+        runs = [path.parent.name for path in self.output.glob("runs/*/_SUCCESS.json")]
+        if told != {(run, len(self.cluster.undisturbed)) for run in runs} or len(runs) != 1:
+            return f"runs {runs}, told of {told}"
+        if self._must_go_on and not any("going on with its pinned plan" in log for log in self._logs[1:]):
+            return "no driver went on with the open run"
+        return ""
 
     def _left_behind(self) -> list[str]:
         """Workers of ours that outlive their drivers by more than 20 s."""
@@ -245,19 +269,26 @@ def plan_rounds(rounds: int, dice: random.Random) -> list[list[str]]:
     return plan
 
 
-def main(rounds: int, seed: int) -> int:
+def run_rounds(rounds: int, seed: int, num_images: int = NUM_IMAGES) -> list[Event]:
+    """What happened, told as it happens; each round's last event has its verdict."""
     dice = random.Random(seed)
     events: list[Event] = []
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         corpus, quiet = Path(folder) / "corpus", Path(folder) / "undisturbed"
-        write_sample(corpus, num_images=NUM_IMAGES, seed=seed, num_broken=10)
+        write_sample(corpus, num_images=num_images, seed=seed, num_broken=10)
         job = flags(manifest=corpus / "manifest.parquet", output=quiet, weights="sample", shard_rows=SHARD_ROWS)
         done = run_job("detect", *job)
         assert done.returncode == 0, done.stderr
         with RayCluster(*NODES) as ray:
             nodes = Nodes(ray, results_of(quiet))
+            assert sorted(nodes.undisturbed) == sorted(manifest_ids(corpus / "manifest.parquet"))
             for number, kinds in enumerate(plan_rounds(rounds, dice), start=1):
                 events += Round(number, kinds, dice, nodes, corpus).run()
+    return events
+
+
+def main(rounds: int, seed: int) -> int:
+    events = run_rounds(rounds, seed)
     table = Table("round", "second", "what", "commits", "redone", "verdict")
     for e in events:
         table.add_row(str(e.round), f"{e.seconds:.1f}", e.what, str(e.commits), e.redone, e.verdict)

@@ -1,16 +1,21 @@
-"""A job that is told to end, or whose workers stop moving: what is whole is committed, what hangs is named, no rows go."""
+"""A job that is told to end, or whose workers stop moving: what is whole is committed, what hangs is named, no rows go.
+
+Starts are dear: one run goes on after SIGTERM with a load worker that is stopped, another after a full disk with a detector
+that is stopped; their results must be equal to the bit.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from fcos_ray.sample import write_sample
-from tests.corpus import files_of, manifest_ids, rows_of
+from tests.corpus import files_of, manifest_ids, results_of
 from tests.disks import mounted, remount
 from tests.processes import descendants, flags, kill_tree, run_job, start_job, titled, wait_until
 
@@ -35,47 +40,86 @@ def num_committed(output: Path) -> int:
     return len(list(output.glob("detections/**/*.parquet")))
 
 
-@pytest.mark.parametrize(("stage", "title", "commits"), [("load", "_load", 0), ("detect", "_Detect", 1)])
-def test_a_worker_that_stops_moving_is_named_with_its_images_and_replaced(
-    corpus: Path, tmp_path: Path, stage: str, title: str, commits: int
-) -> None:
-    driver = start_job("detect", *arguments(corpus, tmp_path, stall_seconds=12))
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a job ended."""
+
+    output: Path
+    code: int
+    err: str
+    beside: list[Path]  # success and temporary files
+    kept: dict[str, bytes] = field(repr=False)  # uri -> bytes of every shard file
+
+
+@pytest.fixture(scope="module")
+def told_to_end(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """SIGTERM after two commits."""
+    output = tmp_path_factory.mktemp("labels")
+    driver = start_job("detect", *arguments(corpus, output))
+    wait_until(lambda: num_committed(output) >= 2 or driver.poll() is not None, "commits")
+    driver.send_signal(signal.SIGTERM)
+    _, err = driver.communicate(timeout=60)
+    beside = [*output.glob("runs/*/_SUCCESS.json"), *output.glob("runs/*/tmp/*")]
+    return Ended(output, driver.returncode, err, beside, files_of(output))
+
+
+@pytest.fixture(scope="module")
+def gone_on(corpus: Path, told_to_end: Ended) -> Path:
+    """The output of the same command, given again."""
+    go_on_although_a_worker_stops(corpus, told_to_end.output, stage="load", commits=0)
+    return told_to_end.output
+
+
+def loading(driver: int) -> list[int]:
+    """Load workers with a decode child: they are past their imports, when they are not yet known to be at work."""
+    return [pid for pid in titled(driver, "MapBatches(_load)") if titled(pid, "fcos_ray.inputs.guard")]
+
+
+def detecting(driver: int) -> list[int]:
+    return titled(driver, "MapBatches(_Detect)")
+
+
+AT_WORK = {"load": loading, "detect": detecting}
+
+
+def go_on_although_a_worker_stops(corpus: Path, output: Path, *, stage: str, commits: int) -> None:
+    """One worker is stopped after so many more commits: it is named with its images and replaced, and the run is whole."""
+    driver = start_job("detect", *arguments(corpus, output, stall_seconds=12))
     stopped: list[int] = []
+    commits += num_committed(output)
 
     def stop_one() -> bool:
-        if num_committed(tmp_path) >= commits:
-            stopped.extend(titled(driver.pid, title)[:1])
+        if num_committed(output) >= commits:
+            stopped.extend(AT_WORK[stage](driver.pid)[:1])
             for pid in stopped:
                 os.kill(pid, signal.SIGSTOP)
         return bool(stopped) or driver.poll() is not None
 
-    wait_until(stop_one, f"a {stage} worker to stop")
-    assert stopped, driver.communicate()
     try:
+        wait_until(stop_one, f"a {stage} worker to stop")
         _, err = driver.communicate(timeout=400)
     finally:
         kill_tree(driver.pid)
     assert driver.returncode == 0, err
-    assert f"--stall-seconds 12: nothing moved; at work are {stage} on 127.0.0.1 (pid {stopped[0]}) for" in err
+    assert "going on with its pinned plan" in err
+    assert "--stall-seconds 12: nothing moved; at work are" in err, err
+    assert f"{stage} on 127.0.0.1 (pid {stopped[0]}) for" in err, err
     assert str(corpus / "images") in err.partition(f"(pid {stopped[0]})")[2]
-    assert sorted(rows_of(tmp_path)) == sorted(manifest_ids(corpus / "manifest.parquet"))
+    assert sorted(results_of(output)) == sorted(manifest_ids(corpus / "manifest.parquet"))
 
 
-def test_sigterm_commits_what_is_whole_and_the_same_command_goes_on(corpus: Path, tmp_path: Path) -> None:
-    driver = start_job("detect", *arguments(corpus, tmp_path))
-    wait_until(lambda: num_committed(tmp_path) >= 2 or driver.poll() is not None, "commits")
-    driver.send_signal(signal.SIGTERM)
-    _, err = driver.communicate(timeout=60)
-    assert driver.returncode == 130, err
-    assert err.splitlines()[-1] == "interrupted: what is committed stays; the same command goes on"
-    assert "Traceback" not in err
-    kept = files_of(tmp_path)
-    assert not list(tmp_path.glob("runs/*/_SUCCESS.json"))
-    assert not list(tmp_path.glob("runs/*/tmp/*")), "a commit was under way when the process ended"
-    done = run_job("detect", *arguments(corpus, tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert kept.items() <= files_of(tmp_path).items()
-    assert sorted(rows_of(tmp_path)) == sorted(manifest_ids(corpus / "manifest.parquet"))
+def test_sigterm_commits_what_is_whole(told_to_end: Ended) -> None:
+    assert told_to_end.code == 130, told_to_end.err
+    assert told_to_end.err.splitlines()[-1] == "interrupted: what is committed stays; the same command goes on"
+    assert "Traceback" not in told_to_end.err
+    assert told_to_end.kept
+    assert not told_to_end.beside, "no run is finished, and no commit was under way when the process ended"
+
+
+def test_the_same_command_goes_on_and_a_load_worker_that_stops_moving_is_replaced(
+    told_to_end: Ended, gone_on: Path
+) -> None:
+    assert told_to_end.kept.items() <= files_of(gone_on).items()
 
 
 def test_a_job_that_cannot_unwind_ends_within_its_grace(corpus: Path, tmp_path: Path) -> None:
@@ -96,8 +140,8 @@ def test_a_job_that_cannot_unwind_ends_within_its_grace(corpus: Path, tmp_path: 
     assert time.monotonic() - started < 4 + 10, "ten for a machine on its knees"
 
 
-def test_a_disk_that_fills_stops_the_run_at_once_and_it_goes_on_when_there_is_room(
-    corpus: Path, tmp_path: Path
+def test_a_full_disk_stops_the_run_at_once_and_it_goes_on_when_there_is_room_although_a_detector_stops_moving(
+    corpus: Path, tmp_path: Path, gone_on: Path
 ) -> None:
     with mounted(tmp_path / "disk", "size=300k") as disk:
         done = run_job("detect", *arguments(corpus, disk / "labels"))
@@ -108,7 +152,6 @@ def test_a_disk_that_fills_stops_the_run_at_once_and_it_goes_on_when_there_is_ro
         kept = files_of(disk / "labels")
         assert kept
         remount(disk, "size=64m")
-        done = run_job("detect", *arguments(corpus, disk / "labels"))
-        assert done.returncode == 0, done.stderr
+        go_on_although_a_worker_stops(corpus, disk / "labels", stage="detect", commits=1)
         assert kept.items() <= files_of(disk / "labels").items()
-        assert sorted(rows_of(disk / "labels")) == sorted(manifest_ids(corpus / "manifest.parquet"))
+        assert results_of(disk / "labels") == results_of(gone_on), "one machine, as many threads, one micro-batch size"

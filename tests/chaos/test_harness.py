@@ -13,7 +13,11 @@ from tests.chaos.hits import HITS
 @pytest.mark.chaos
 @pytest.mark.timeout(1800)
 def test_two_rounds_of_chaos_end_as_if_nothing_had_happened() -> None:
-    assert harness.main(rounds=2, seed=3) == 0
+    events = harness.run_rounds(2, seed=3, num_images=80)
+    assert [event.verdict for event in events if event.verdict] == ["same", "same"]
+    struck = " ".join(event.what for event in events)
+    assert "kill the driver: pid" in struck, "choose another seed"
+    assert "start a second driver: pid" in struck
 
 
 def test_every_hit_has_its_turn_before_any_comes_again() -> None:

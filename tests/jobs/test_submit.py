@@ -106,23 +106,13 @@ def submit(head: Head, job_id: str, *words: str, wait: bool = True) -> subproces
     return head.ask("submit", *options, "--", "python", "jobs/detect.py", *words, check=False)
 
 
-def test_a_submitted_job_labels_a_bucket(head: Head, corpus: str, s3_bucket: str, tmp_path: Path) -> None:
-    out = f"{s3_bucket}/out"
-    done = submit(head, "labels", *flags(manifest=corpus, output=out, shard_rows=8, **SMALL_MODEL))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert head.info("labels") == {"status": "SUCCEEDED", "exit_code": 0}
-    assert sorted(rows_of(out)) == sorted(manifest_ids(tmp_path / "manifest.parquet"))
-    [summary] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"state"')]
-    assert (summary["state"], summary["rows"]) == ("complete", 24)
-
-
 def test_a_bad_manifest_ends_the_job_with_2(head: Head, s3_bucket: str) -> None:
     submit(head, "bad", *flags(manifest=f"{s3_bucket}/none.parquet", output=f"{s3_bucket}/out", weights="sample"))
     assert head.info("bad") == {"status": "FAILED", "exit_code": 2}
     assert "none.parquet: no such file" in head.ask("logs", "bad").stdout
 
 
-def test_an_interrupted_job_ends_with_130_and_the_next_submission_goes_on(
+def test_an_interrupted_job_ends_with_130_and_the_next_submission_labels_the_rest_of_the_bucket(
     head: Head, corpus: str, s3_bucket: str, tmp_path: Path
 ) -> None:
     out = f"{s3_bucket}/out"
@@ -138,7 +128,10 @@ def test_an_interrupted_job_ends_with_130_and_the_next_submission_goes_on(
     assert head.info("interrupted")["exit_code"] == 130
     kept = files_of(out)
     assert len(kept) < 12
-    submit(head, "goes-on", *job)
-    assert head.info("goes-on") == {"status": "SUCCEEDED", "exit_code": 0}, head.ask("logs", "goes-on").stdout
+    done = submit(head, "goes-on", *job)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert head.info("goes-on") == {"status": "SUCCEEDED", "exit_code": 0}
+    [summary] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"state"')]
+    assert (summary["state"], summary["rows"]) == ("complete", 24)
     assert kept.items() <= files_of(out).items()
     assert sorted(rows_of(out)) == sorted(manifest_ids(tmp_path / "manifest.parquet"))
