@@ -6,8 +6,9 @@ both sides share, never the history. Knows no runs beyond their names.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
@@ -15,11 +16,11 @@ import duckdb
 import pyarrow as pa
 
 from fcos_ray import storage
-from fcos_ray.errors import ManifestError
+from fcos_ray.errors import ManifestError, OutputError
 from fcos_ray.inputs.columns import PARTITION, REFUSED, SAID
 from fcos_ray.inputs.explain import explain
 from fcos_ray.inputs.partitions import HIVE_NULL, PartitionKey
-from fcos_ray.inputs.scans import count_rows, literal, uri_list
+from fcos_ray.inputs.scans import count_rows, literal, store_failure, uri_list
 
 Select = Literal["new", "changed", "failed", "failed:all", "all"]
 # What a row of the manifest is to the history -> the choices that take it.
@@ -161,16 +162,28 @@ def _look_up(connection: duckdb.DuckDBPyConnection, content: Collection[str], sc
     # does not reach them (DuckDB 2.0: for ids that no index has 2 to 6 GB of 5.8 were read, 8 MB so).
     span = connection.execute("SELECT min(image_id), max(image_id) FROM planned").fetchall()[0]
     # One pass over the history, then the newest of the few that matched: flat rows, that DuckDB can keep on disk.
-    connection.execute(
-        f"CREATE TABLE known AS SELECT {', '.join(types)} FROM (FROM {scan} WHERE image_id BETWEEN $1 AND $2) "
-        "SEMI JOIN planned USING (image_id)",
-        span,
-    )
+    with _unreadable_named():
+        connection.execute(
+            f"CREATE TABLE known AS SELECT {', '.join(types)} FROM (FROM {scan} WHERE image_id BETWEEN $1 AND $2) "
+            "SEMI JOIN planned USING (image_id)",
+            span,
+        )
     if count_rows(connection, "SELECT count(*) - count(DISTINCT image_id) FROM known"):
         connection.execute(
             "CREATE TABLE newest AS FROM known SEMI JOIN (SELECT image_id, max(run) AS run FROM known GROUP BY image_id) "
             "USING (image_id, run); DROP TABLE known; ALTER TABLE newest RENAME TO known"
         )
+
+
+@contextmanager
+def _unreadable_named() -> Iterator[None]:
+    """Say whose fault it is that the history cannot be read."""
+    try:
+        yield
+    except duckdb.Error as error:
+        words = storage.without_userinfo(" ".join(str(error).split()))[:500]
+        damaged = OutputError(f"an index of an earlier run cannot be read: {words}; delete that file, it is made again")
+        raise store_failure(error) or damaged from error
 
 
 def _classify(connection: duckdb.DuckDBPyConnection, content: Collection[str]) -> None:
@@ -264,14 +277,15 @@ def _find_deleted(
     """
     path = r"^" + "/".join(f"{key.name}=[^/]*" for key in keys) + r"$"
     nulls = "/".join(f"{key.name}={HIVE_NULL}" for key in keys)
-    connection.execute(
-        "CREATE TABLE gone AS WITH others AS ("
-        f"SELECT image_id, max(run) AS run FROM {scan} ANTI JOIN planned USING (image_id) GROUP BY image_id) "
-        f"SELECT image_id, uri, NULL::VARCHAR AS {REFUSED}, 0 AS shape, true AS deleted, "
-        "(SELECT coalesce(max(number), 0) FROM planned) + row_number() OVER (ORDER BY image_id) AS number, "
-        f"CASE WHEN regexp_full_match(partition, {literal(path)}) THEN partition ELSE {literal(nulls)} END AS {PARTITION} "
-        f"FROM {scan} SEMI JOIN others USING (image_id, run) WHERE status <> 'deleted'"
-    )
+    with _unreadable_named():
+        connection.execute(
+            "CREATE TABLE gone AS WITH others AS ("
+            f"SELECT image_id, max(run) AS run FROM {scan} ANTI JOIN planned USING (image_id) GROUP BY image_id) "
+            f"SELECT image_id, uri, NULL::VARCHAR AS {REFUSED}, 0 AS shape, true AS deleted, "
+            "(SELECT coalesce(max(number), 0) FROM planned) + row_number() OVER (ORDER BY image_id) AS number, "
+            f"CASE WHEN regexp_full_match(partition, {literal(path)}) THEN partition ELSE {literal(nulls)} END AS {PARTITION} "
+            f"FROM {scan} SEMI JOIN others USING (image_id, run) WHERE status <> 'deleted'"
+        )
     deleted = count_rows(connection, "SELECT count(*) FROM gone")
     limit = settings.max_tombstone_fraction
     if deleted > limit * (deleted + known):

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fcos_ray import storage
-from fcos_ray.errors import ManifestError
+from fcos_ray.errors import ManifestError, OutputError
 from fcos_ray.inputs.fetch import FetchPolicy
 from fcos_ray.inputs.manifests import find_sources
 from fcos_ray.inputs.pin import pin, read_shard
@@ -281,6 +281,18 @@ def test_one_image_is_explained(tmp_path: Path, image_id: str) -> None:
 def test_an_image_that_only_the_store_can_tell_apart_is_explained(tmp_path: Path) -> None:
     with draft(tmp_path, {"image_id": ["good"]}, history(tmp_path, KNOWN), explain="good") as drafted:
         assert "no content_ column that would tell a change" in str(drafted.selection.explanation)
+
+
+# ---- a history that cannot be read
+
+
+@pytest.mark.parametrize("tombstones", [False, True])
+def test_a_damaged_index_is_named(tmp_path: Path, tombstones: bool) -> None:
+    known = history(tmp_path, KNOWN, KNOWN)
+    Path(known.indexes[1].uri).write_bytes(b"PAR1 damage PAR1")
+    message = r"000002-aaaaaaaa\.parquet.*; delete that file, it is made again"
+    with pytest.raises(OutputError, match=message), draft(tmp_path, MANIFEST, known, tombstones=tombstones):
+        pass
 
 
 # ---- any history
