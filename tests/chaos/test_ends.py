@@ -143,7 +143,8 @@ def test_a_job_that_cannot_unwind_ends_within_its_grace(corpus: Path, tmp_path: 
 def test_a_full_disk_stops_the_run_at_once_and_it_goes_on_when_there_is_room_although_a_detector_stops_moving(
     corpus: Path, tmp_path: Path, gone_on: Path
 ) -> None:
-    with mounted(tmp_path / "disk", "size=300k") as disk:
+    # For a plan and some five shards: nineteen are left, so that the detector is stopped while it has work.
+    with mounted(tmp_path / "disk", "size=110k") as disk:
         done = run_job("detect", *arguments(corpus, disk / "labels"))
         assert done.returncode == 4, done.stderr
         last = done.stderr.splitlines()[-1]
