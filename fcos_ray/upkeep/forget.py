@@ -104,13 +104,16 @@ def _apply(output: str, touched: list[_File], found: _Found, summary: ForgetSumm
     storage.create(f"{record}.json", json.dumps(about, indent=1).encode())
     for file in _left_behind(output):
         storage.delete(file.uri)
-    for run_id in sorted({file.run_id for file in touched}):
-        storage.delete(index_uri(output, run_id))  # made again when it is needed
+    indexes = sorted({index_uri(output, file.run_id) for file in touched})
+    for uri in indexes:
+        storage.delete(uri)  # made again when it is needed
     # Rows of other ids first: only the ids' own rows tell which uris are to go, should this be killed between the two.
     of_others = [file for file in touched if found.files[file.uri]]
     with ThreadPoolExecutor(4) as pool:  # each has a whole file in hand
         list(pool.map(lambda file: _rewrite(file, found.keys, others_only=True), of_others))
         list(pool.map(lambda file: _rewrite(file, found.keys), touched))
+    for uri in indexes:  # a job that was planning may have made it again, of the files as they were
+        storage.delete(uri)
     done = {key: value for key, value in asdict(summary).items() if key != "applied"}
     data = json.dumps(done | {"at": datetime.now(UTC).isoformat()}, indent=1).encode()
     storage.create(f"{record}-done.json", data)
