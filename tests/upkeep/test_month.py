@@ -63,6 +63,8 @@ def test_a_month_of_nights_ends_as_if_all_had_been_labelled_once(tmp_path: Path)
                 run_night(manifest, output, crash_after=0, **settings)
             open_run = next(run for run in runs.list_runs(str(output)) if run.state == "open")
             with Pulse(str(output), open_run.run_id):
+                while not drivers_at_work(str(output), open_run.run_id):
+                    time.sleep(0.01)
                 left = run_night(manifest, output, if_running="exit", **settings)
             assert (left.state, left.run_id) == ("running", open_run.run_id)
         summary = run_night(manifest, output, **settings)
