@@ -13,7 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,18 +25,17 @@ from fcos_ray import storage
 from fcos_ray.errors import RunStopped, StageStalled, StorageError, UserError, WorkerError
 from fcos_ray.inputs.pin import PinnedFile, read_shard
 from fcos_ray.layout import Layout
+from fcos_ray.outputs import runs
 from fcos_ray.outputs.commit import ShardTarget, commit_shard, list_committed
 from fcos_ray.outputs.gather import Gather, WholeShard
-from fcos_ray.outputs.pulse import Pulse, drivers_at_work
+from fcos_ray.outputs.pulse import drivers_at_work
 from fcos_ray.pinned import PinnedRun
 from fcos_ray.pipeline import LoadSettings, MakeDetector, Stages, result_rows
 from fcos_ray.progress import RunProgress
 
 logger = logging.getLogger("fcos_ray")
 _COMMITS_IN_FLIGHT: Final = 8
-_LOOK_SECONDS: Final = (
-    30.0  # between looks whether other drivers have done the rest: a listing each, where there are others
-)
+_LOOK_SECONDS: Final = 30.0  # between looks whether the run is still open and others have done the rest: listings
 # Ray Data's loggers that tell of every execution that it ended, and that our setting of no progress bars was followed.
 _CHATTY: Final = ("ray.data._internal.execution.streaming_executor", "ray.data._internal.progress")
 # A disk that waiting does not mend: the run stops at once instead of labelling what cannot be kept.
@@ -83,14 +82,17 @@ class Execution:
         load: LoadSettings,
         make_detector: MakeDetector,
         settings: ExecutionSettings,
+        name: str = "",
     ) -> None:
+        """`name` is this driver's, by which others on the run see it (outputs/pulse.py)."""
         self._run = run
+        self._name = name
+        self._place: int | None = None  # among the drivers on the run, once it was looked
         self._shard_rows = run.shard_rows
         self._stages = Stages(run.folder, run.files, load, make_detector, layout)
         self._settings = settings
         self._commits: dict[ray.ObjectRef[bool], WholeShard] = {}
         self._progress: RunProgress | None = None
-        self._pulse = Pulse(run.target.output, run.target.run_id)
         self._next_look = time.monotonic() + _LOOK_SECONDS
         self.stats = ExecutionStats()
         context = ray.data.DataContext.get_current()
@@ -103,10 +105,6 @@ class Execution:
 
     def label(self) -> ExecutionStats:
         """Come back when every shard is committed. Raises RunStopped when rounds end without progress."""
-        with self._pulse:
-            return self._label()
-
-    def _label(self) -> ExecutionStats:
         missing = self._ordered(self._missing())
         done = sum(self._shard_rows) - sum(self._shard_rows[shard] for shard in missing)
         idle, wait = 0, self._settings.round_wait_seconds
@@ -127,9 +125,11 @@ class Execution:
     def _missing(self) -> list[int]:
         """As the output says. In an outage it is asked as often as rounds are begun: guessing would label shards again."""
         wait, asked = self._settings.round_wait_seconds, 0
+        target = self._run.target
         while True:
             try:
-                committed = list_committed(self._run.target.output, self._run.target.run_id)
+                self._require_open()
+                committed = list_committed(target.output, target.run_id)
             except StorageError as error:
                 asked += 1
                 if asked == self._settings.max_rounds:
@@ -140,12 +140,26 @@ class Execution:
             else:
                 return [shard for shard in range(len(self._shard_rows)) if shard not in committed]
 
+    def _require_open(self) -> None:
+        """Raises RunStopped when somebody has closed the run: what it lacks is for the next one."""
+        target = self._run.target
+        state = runs.require_run(target.output, target.run_id).state
+        if state not in ("open", "finished"):
+            raise RunStopped(
+                f"run {target.run_id} was {state} meanwhile; the same command labels what it lacks in a new run"
+            )
+
     def _ordered(self, shards: list[int]) -> list[int]:
-        """Drivers on one run begin at different ends, so that they meet instead of doing everything twice."""
+        """Drivers on one run begin at different ends, so that they meet instead of doing everything twice.
+
+        Each chooses once, by its place among those it found: who was there first goes on from the front.
+        """
         others = self._others()
         if others:
             logger.info("at work on run %s too: %s", self._run.target.run_id, ", ".join(others))
-        return shards if not others else shards[::-1] if len(others) == 1 else random.sample(shards, len(shards))
+        if self._place is None:
+            self._place = sum(other < self._name for other in others)
+        return shards if self._place == 0 else shards[::-1] if self._place == 1 else random.sample(shards, len(shards))
 
     def _others(self) -> list[str]:
         """Other drivers on this run; in an outage none are known."""
@@ -154,14 +168,21 @@ class Execution:
             found = drivers_at_work(target.output, target.run_id)
         except (*storage.STORE_ERRORS, StorageError):
             return []
-        return [driver.name for driver in found if driver.name != self._pulse.name]
+        return [driver.name for driver in found if driver.name != self._name]
 
     def _all_done_elsewhere(self) -> bool:
-        """Whether other drivers have committed what this one still labels. Asked now and then."""
+        """Whether other drivers have committed what this one still labels. Asked now and then.
+
+        Raises RunStopped when somebody has closed the run.
+        """
         if time.monotonic() < self._next_look:
             return False
         self._next_look = time.monotonic() + _LOOK_SECONDS
-        return bool(self._others()) and not self._missing()
+        if self._others():
+            return not self._missing()
+        with suppress(*storage.STORE_ERRORS, StorageError):
+            self._require_open()
+        return False
 
     def _why_stopped(self, missing: Sequence[int], trouble: str) -> str:
         rows = sum(self._shard_rows[shard] for shard in missing)

@@ -26,7 +26,7 @@ from fcos_ray.config import JobConfig
 from fcos_ray.errors import ConfigError, ManifestError, OutputError, StorageError
 from fcos_ray.execution import Execution, ExecutionSettings
 from fcos_ray.inputs.manifests import find_sources
-from fcos_ray.inputs.pin import pin, read_partitions
+from fcos_ray.inputs.pin import PinnedFile, pin, read_partitions
 from fcos_ray.inputs.plan import Draft, draft_plan
 from fcos_ray.inputs.selection import History
 from fcos_ray.layout import Cluster, Layout, plan_layout
@@ -36,7 +36,7 @@ from fcos_ray.model.weights import load_weights
 from fcos_ray.outputs import runs
 from fcos_ray.outputs.audit import audit
 from fcos_ray.outputs.index import index_uri
-from fcos_ray.outputs.pulse import drivers_at_work
+from fcos_ray.outputs.pulse import Pulse, drivers_at_work, drivers_folder
 from fcos_ray.outputs.retractions import create_retracted
 from fcos_ray.pinned import index_run, pinned_run
 from fcos_ray.pipeline import ImageDetector, LoadSettings, MakeDetector
@@ -167,16 +167,20 @@ class _Job:
 
     def _history(self, *, scratch: str | None) -> History:
         """The indexes of the runs that count; one that is missing is made."""
-        counting = [run.run_id for run in self.existing.history]
+        counting = self.existing.history
         with ThreadPoolExecutor(16) as pool:
-            found = list(pool.map(lambda run_id: storage.stat_file(index_uri(self.output, run_id)), counting))
-        made = [file or self._index(run_id, scratch) for run_id, file in zip(counting, found, strict=True)]
-        return History(tuple(counting), tuple(made))
+            found = list(pool.map(lambda run: storage.stat_file(index_uri(self.output, run.run_id)), counting))
+        made = [
+            file if file is not None and run.state == "finished" else self._index(run, scratch)
+            for run, file in zip(counting, found, strict=True)
+        ]
+        return History(tuple(run.run_id for run in counting), tuple(made))
 
-    def _index(self, run_id: str, scratch: str | None) -> storage.StoredFile:
-        logger.info("run %s has no index: making it from its shard files", run_id)
-        record = runs.read_run(self.output, run_id)
-        return index_run(pinned_run(self.output, record, self.request.labelling), scratch=scratch)
+    def _index(self, run: runs.RunState, scratch: str | None) -> storage.StoredFile:
+        if run.state == "finished":
+            logger.info("run %s has no index: making it from its shard files", run.run_id)
+        pinned = pinned_run(self.output, runs.read_run(self.output, run.run_id), self.request.labelling)
+        return index_run(pinned, may_grow=run.state == "abandoned", scratch=scratch)
 
     def explain(self, decision: runs.Decision, started: float) -> RunSummary:
         """Say why one image would be labelled or not."""
@@ -205,12 +209,20 @@ class _Job:
         return replace(about, state="running")
 
     def pin(self, draft: Draft, run_id: str) -> dict[str, Any] | None:
-        """Write the plan down; the record that counts is the one whose run.json came first.
+        """Write the plan down, and the run's record, which counts when it came first.
 
         None when another run came while this one was planned: what to do has to be asked again.
         """
         attempt = f"manifest-{uuid.uuid4().hex[:12]}"
-        files = pin(draft, storage.join(runs.run_folder(self.output, run_id), attempt))
+        folder = storage.join(runs.run_folder(self.output, run_id), attempt)
+        files = pin(draft, folder, temporary_folder=runs.temporary_folder(self.output, run_id))
+        kept = self._pin(draft, run_id, attempt, files)
+        if kept is None:  # nobody will ask for these files; what they name may have been forgotten meanwhile
+            for file in files:
+                storage.delete(storage.join(folder, file.name))
+        return kept
+
+    def _pin(self, draft: Draft, run_id: str, attempt: str, files: Sequence[PinnedFile]) -> dict[str, Any] | None:
         if find_sources(self.config.manifest) != self.sources:
             raise ManifestError(f"{self.sources[0].uri} or another manifest changed while it was read; run again")
         runs.create_labelling(self.output, self.request.labelling)
@@ -239,6 +251,8 @@ class _Job:
             "created_at": datetime.now(UTC).isoformat(),
         }
         kept = runs.create_run(self.output, run_id, record)
+        if kept["attempt"] != attempt:  # another driver of the same request
+            return None
         logger.info(
             "run %s: %s rows in %s shards, %d duplicates dropped, %d uris refused",
             run_id, f"{kept['num_rows']:,}", f"{kept['num_shards']:,}",
@@ -250,7 +264,8 @@ class _Job:
         """Label a pinned run's missing shards, audit, and mark it finished."""
         self._check_allowed(record)
         pinned = pinned_run(self.output, record, self.request.labelling)
-        with ray_session() as cluster:
+        # At work from here: starting Ray may take long, and who comes meanwhile is to know.
+        with Pulse(drivers_folder(self.output, record["run_id"])) as pulse, ray_session() as cluster:
             layout = self._layout(cluster, record["num_rows"])
             logger.info("%s", layout.describe())
             if cluster.num_nodes > 1 and storage.parse_uri(self.output).scheme == "file":
@@ -267,6 +282,7 @@ class _Job:
                     stall_seconds=self.config.stall_seconds,
                     grace_seconds=self.config.grace_seconds,
                 ),
+                name=pulse.name,
             )
             stats = execution.label()
         if stats.num_discarded:
@@ -276,7 +292,7 @@ class _Job:
         summary = summarise(self.output, record, counts, stats, started)
         about = {"layout": asdict(layout), "versions": versions(), "finished_at": datetime.now(UTC).isoformat()}
         runs.create_success(self.output, record["run_id"], asdict(summary) | about)
-        index_run(pinned)
+        index_run(pinned, may_grow=True)  # it may have been abandoned, and indexed, before its last shards came
         return summary
 
     def _check_allowed(self, record: Mapping[str, Any]) -> None:

@@ -38,10 +38,10 @@ def pinned_run(output: str, record: Mapping[str, Any], labelling: Mapping[str, A
     )
 
 
-def index_run(run: PinnedRun, *, scratch: str | None = None) -> storage.StoredFile:
+def index_run(run: PinnedRun, *, may_grow: bool = False, scratch: str | None = None) -> storage.StoredFile:
     """The index of a run that is finished or abandoned, made when it is missing: see outputs/index.py."""
 
     def read_pinned(shard: int) -> pa.Table:
         return read_shard(run.folder, run.files, shard)
 
-    return ensure_index(run.target.output, run.target.run_id, read_pinned, scratch=scratch)
+    return ensure_index(run.target.output, run.target.run_id, read_pinned, may_grow=may_grow, scratch=scratch)

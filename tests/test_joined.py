@@ -13,7 +13,7 @@ import pytest
 import fcos_ray as fr
 from fcos_ray import execution, job
 from fcos_ray.outputs import runs
-from fcos_ray.outputs.pulse import Pulse, drivers_at_work
+from fcos_ray.outputs.pulse import Pulse, drivers_folder
 from fcos_ray.sample import write_sample
 from fcos_ray.types import Image
 from tests.corpus import PixelDetector, config, rows_of
@@ -48,9 +48,7 @@ def test_a_second_driver_begins_at_the_other_end_and_both_end_when_they_meet(
 
     caplog.set_level("INFO", logger="fcos_ray")
     thread = threading.Thread(target=other)
-    with Pulse(str(output), run.run_id) as pulse:
-        while not drivers_at_work(str(output), run.run_id):
-            time.sleep(0.01)
+    with Pulse(drivers_folder(str(output), run.run_id)) as pulse:
         thread.start()
         summary = fr.run(config(manifest, output, shard_rows=2), make_detector=SlowDetector)
         assert f"at work on run {run.run_id} too: {pulse.name}" in caplog.text
@@ -70,9 +68,7 @@ def test_who_is_told_to_wait_waits_until_nobody_is_at_work(tmp_path: Path, monke
     [run] = runs.list_runs(output)
     monkeypatch.setattr(job, "_WAIT_SECONDS", 0.05)
     summaries: list[fr.RunSummary] = []
-    with Pulse(output, run.run_id):
-        while not drivers_at_work(output, run.run_id):
-            time.sleep(0.01)
+    with Pulse(drivers_folder(output, run.run_id)):
         left = run_night(manifest, output, if_running="exit")
         assert (left.state, left.run_id, left.rows) == ("running", run.run_id, 6)
         waiting = threading.Thread(target=lambda: summaries.append(run_night(manifest, output, if_running="wait")))

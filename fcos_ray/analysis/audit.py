@@ -16,6 +16,7 @@ from fcos_ray.errors import OutputError
 from fcos_ray.inputs.pin import read_partitions, read_shard
 from fcos_ray.outputs import runs
 from fcos_ray.outputs.audit import Findings, Kind, RunAudit, audit_run
+from fcos_ray.outputs.commit import is_damage
 from fcos_ray.outputs.retractions import read_retracted, retracted_uri
 from fcos_ray.outputs.rows import wrong_rows
 from fcos_ray.pinned import PinnedRun, pinned_run
@@ -128,7 +129,7 @@ def _check_retracted(output: str, states: Iterable[runs.RunState], findings: Fin
     try:
         table = read_retracted(output)
     except (pa.ArrowException, KeyError, OSError) as error:
-        if _is_the_stores(error):
+        if not _is_finding(error):
             raise
         findings.add("unreadable", f"{retracted_uri(output)}: {error}; jobs/runs.py retract or restore writes it anew")
         return
@@ -217,7 +218,7 @@ def _read_partitions(plan: PinnedRun, findings: Findings) -> Sequence[str] | Non
     try:
         return read_partitions(plan.folder, plan.files)
     except (pa.ArrowException, OSError) as error:
-        if _is_the_stores(error):
+        if not _is_finding(error):
             raise
         findings.add("unreadable", f"the pinned manifest below {plan.folder}: {error}")
         return None
@@ -228,14 +229,13 @@ def _read_pinned(plan: PinnedRun, shard: int) -> pa.Table | None:
     try:
         return read_shard(plan.folder, plan.files, shard)
     except (pa.ArrowException, OSError) as error:
-        if _is_the_stores(error):
+        if not _is_finding(error):
             raise
         return None
 
 
-def _is_the_stores(error: Exception) -> bool:
-    # Arrow raises an OSError without a number for damage (pyarrow 26); s3fs's FileNotFoundError has none either.
-    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError)
+def _is_finding(error: Exception) -> bool:
+    return is_damage(error) or isinstance(error, FileNotFoundError)
 
 
 def _check_success(output: str, run_id: str, audited: RunAudit, findings: Findings) -> None:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from fcos_ray import storage
 from fcos_ray.errors import OutputError
 from fcos_ray.outputs import runs
-from fcos_ray.outputs.commit import committed_files, data_folder
+from fcos_ray.outputs.commit import committed_files, data_folder, is_damage
 from fcos_ray.outputs.schema import DATA_SCHEMA
 
 _WAY_OUT: Final = "choose others with columns=[…], or read one run: rows('<run_id>')"
@@ -110,8 +110,8 @@ def _footer(uri: str) -> pa.Schema:
     try:
         return storage.retrying(f"reading {uri}", read)
     except (pa.ArrowException, OSError) as error:
-        if not isinstance(error, pa.ArrowException) and error.errno is not None:
-            raise  # the store's; Arrow raises an OSError without a number for a damaged footer (pyarrow 26)
+        if not is_damage(error):
+            raise
         raise OutputError(f"{uri} cannot be read: {error}; wanted a Parquet file that a run wrote there") from error
 
 

@@ -33,10 +33,13 @@ class PinnedFile:
     shard_rows: tuple[int, ...]
 
 
-def pin(draft: Draft, folder: str) -> tuple[PinnedFile, ...]:
-    """Write the pinned manifest under `folder`: one row group per shard, ordered by partition, then padded shape."""
+def pin(draft: Draft, folder: str, *, temporary_folder: str | None = None) -> tuple[PinnedFile, ...]:
+    """Write the pinned manifest under `folder`: one row group per shard, ordered by partition, then padded shape.
+
+    `temporary_folder`: as in `storage.create`.
+    """
     order = [PARTITION] if draft.keys else []
-    writer = _PinnedWriter(folder, draft)
+    writer = _PinnedWriter(folder, draft, temporary_folder)
     names = [n for n in KNOWN_COLUMNS if n.startswith("content_") and _has_column(draft.connection, n)]
     known = "".join(f", CAST(m.{quote(n)} AS {KNOWN_COLUMNS[n]}) AS {quote(n)}" for n in names)
     carried = "".join(f", m.{quote(n)}" for n in draft.columns)
@@ -57,8 +60,8 @@ def _has_column(connection: duckdb.DuckDBPyConnection, name: str) -> bool:
 class _PinnedWriter:
     """Cuts an ordered stream of rows into row groups of the planned sizes, and row groups into files."""
 
-    def __init__(self, folder: str, draft: Draft) -> None:
-        self._folder = folder
+    def __init__(self, folder: str, draft: Draft, temporary_folder: str | None) -> None:
+        self._folder, self._temporary_folder = folder, temporary_folder
         self._types = draft.columns
         self._sizes = _shard_sizes(draft)
         self._waiting: list[pa.Table] = []
@@ -105,7 +108,8 @@ class _PinnedWriter:
         assert self._sink is not None
         self._parquet.close()
         name = f"{len(self._files):05d}.parquet"
-        storage.create(storage.join(self._folder, name), self._sink.getvalue().to_pybytes())
+        data = self._sink.getvalue().to_pybytes()
+        storage.create(storage.join(self._folder, name), data, temporary_folder=self._temporary_folder)
         self._files.append(PinnedFile(name, self._next_shard - len(self._rows), tuple(self._rows)))
         self._parquet, self._sink, self._rows = None, None, []
 

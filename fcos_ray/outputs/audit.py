@@ -24,6 +24,7 @@ from fcos_ray.outputs.commit import (
     ShardTarget,
     count_outcomes,
     data_folder,
+    is_damage,
 )
 from fcos_ray.outputs.runs import differences
 
@@ -161,8 +162,8 @@ def _look(target: ShardTarget, shard: int, uri: str, num_rows: int, check_rows: 
     try:
         about, table = storage.retrying(f"auditing {uri}", lambda: _read(uri, whole=check_rows is not None))
     except (pa.ArrowException, ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the store's; Arrow raises an OSError without a number for damage (pyarrow 26)
+        if not is_damage(error):
+            raise
         found.add("unreadable", f"{uri} cannot be read: {error}")
         return _Looked(ShardCounts(), found)
     if (about.get("run_id"), about.get("shard")) != (target.run_id, shard):

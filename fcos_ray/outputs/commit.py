@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from fcos_ray import storage
 from fcos_ray.errors import ERROR_CODES, OutputError
+from fcos_ray.outputs.runs import temporary_folder
 from fcos_ray.outputs.schema import DATA_SCHEMA, SCHEMA_VERSION
 
 METADATA_KEY: Final = b"fcos_ray"
@@ -80,7 +81,7 @@ def commit_shard(target: ShardTarget, shard: int, *, pinned: pa.Table, results: 
     """
     partition = pinned["__partition"][0].as_py()
     data = build_shard(target, shard, pinned=pinned, results=results)
-    temporary = storage.join(target.output, "runs", target.run_id, "tmp")
+    temporary = temporary_folder(target.output, target.run_id)
     return storage.create(target.data_uri(partition, shard), data, temporary_folder=temporary)
 
 
@@ -161,6 +162,11 @@ def count_outcomes(rows: pa.Table) -> ShardCounts:
         detections=pc.sum(pc.list_value_length(rows["labels"])).as_py() or 0,
         errors_by_code=errors,
     )
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether what reading a Parquet file raised is the file's fault, not its store's."""
+    return not isinstance(error, OSError) or error.errno is None  # Arrow's OSError for damage has none (pyarrow 26)
 
 
 def list_committed(output: str, run_id: str) -> dict[int, str]:

@@ -7,7 +7,7 @@ leaves out the row groups whose range has none of them.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from fcos_ray import storage
 from fcos_ray.errors import OutputError
-from fcos_ray.outputs.commit import CONTENT_COLUMNS, committed_files, data_folder
-from fcos_ray.outputs.runs import run_folder
+from fcos_ray.outputs.commit import CONTENT_COLUMNS, committed_files, data_folder, is_damage
+from fcos_ray.outputs.runs import list_forgotten, run_folder, temporary_folder
 from fcos_ray.outputs.schema import DATA_SCHEMA
 
 SAID: Final = "said_"  # before a content column: what the manifest said of it, where that is not what was labelled
@@ -35,6 +35,7 @@ INDEX_SCHEMA: Final = pa.schema(
 _AT_ONCE: Final = 64  # shard files asked for at a time: what they hold must not pile up
 _SORT_MEMORY: Final = "2GB"  # then DuckDB sorts on disk
 _GROUP_ROWS: Final = 122_880
+_SHARDS_KEY: Final = b"fcos_ray_shards"  # in the metadata: how many shard files it was made of
 
 ReadPinned = Callable[[int], pa.Table]  # shard -> its pinned rows
 
@@ -44,44 +45,65 @@ def index_uri(output: str, run_id: str) -> str:
 
 
 def ensure_index(
-    output: str, run_id: str, read_pinned: ReadPinned, *, scratch: str | None = None
+    output: str, run_id: str, read_pinned: ReadPinned, *, may_grow: bool = False, scratch: str | None = None
 ) -> storage.StoredFile:
     """The index of a run that is finished or abandoned; made from its shard files when it is not there.
 
+    `may_grow`: of an abandoned run, where a driver that slept then may have committed more: made again if it lacks shards.
     It is kept beside the run, or in the folder `scratch` by a command that is to change nothing.
     Raises OutputError for a file that is none of the run's, StorageError when the store fails.
     """
     uri = index_uri(output, run_id)
     found = storage.stat_file(uri)
-    if found is None:
-        uri = uri if scratch is None else storage.join(scratch, f"{run_id}.parquet")
+    if found is not None and may_grow and _num_shards(found) != len(committed_files(output, run_id)):
+        found = None
+        if scratch is None:
+            storage.delete(uri)
+    uri = uri if scratch is None or found is not None else storage.join(scratch, f"{run_id}.parquet")
+    while found is None:
+        forgotten = list_forgotten(output)
         with tempfile.TemporaryDirectory(prefix="fcos_ray-index-") as folder:
-            storage.publish(_write_index(output, run_id, read_pinned, Path(folder)), uri)
+            path = _write_index(output, run_id, read_pinned, Path(folder))
+            storage.publish(path, uri, temporary_folder=temporary_folder(output, run_id) if scratch is None else None)
         found = storage.stat_file(uri)
-        assert found is not None, f"{uri} was written a moment ago"
+        if list_forgotten(output) != forgotten:  # files were rewritten meanwhile: it may hold what was taken out
+            storage.delete(uri)
+            found = None
     return found
+
+
+def _num_shards(index: storage.StoredFile) -> int:
+    """How many shard files an index was made of; -1 when it does not say or cannot be read."""
+    try:
+        with storage.open_for_reading(index.uri, found=index) as handle:
+            return int(pq.ParquetFile(handle).metadata.metadata.get(_SHARDS_KEY, b"-1"))
+    except (pa.ArrowException, OSError) as error:
+        if not is_damage(error):
+            raise
+        return -1
 
 
 def _write_index(output: str, run_id: str, read_pinned: ReadPinned, folder: Path) -> Path:
     unsorted, path = folder / "unsorted.parquet", folder / "index.parquet"
+    files = committed_files(output, run_id)
+    base = storage.join(data_folder(output, run_id), "")
     with pq.ParquetWriter(unsorted, INDEX_SCHEMA, compression="lz4") as writer:
-        for table in _tables(output, run_id, read_pinned):
+        for table in _tables(files, base, read_pinned):
             writer.write_table(table)
     connection = duckdb.connect(config={"temp_directory": str(folder), "memory_limit": _SORT_MEMORY})
     try:
         connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
         connection.execute(
             f"COPY (FROM read_parquet('{unsorted}') ORDER BY image_id) TO '{path}' "
-            f"(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {_GROUP_ROWS})"
+            f"(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {_GROUP_ROWS}, "
+            f"KV_METADATA {{{_SHARDS_KEY.decode()}: '{len(files)}'}})"
         ).fetchall()
     finally:
         connection.close()
     return path
 
 
-def _tables(output: str, run_id: str, read_pinned: ReadPinned) -> Iterator[pa.Table]:
-    base = storage.join(data_folder(output, run_id), "")
-    files = committed_files(output, run_id)
+def _tables(files: Mapping[int, storage.StoredFile], base: str, read_pinned: ReadPinned) -> Iterator[pa.Table]:
     shards = sorted(files)
 
     def read(shard: int) -> pa.Table:
@@ -98,17 +120,16 @@ def _table(file: storage.StoredFile, partition: str, read_pinned: Callable[[], p
 
     def read() -> pa.Table:
         with storage.open_for_reading(file.uri, found=file) as handle:
-            return pq.ParquetFile(handle).read(columns=names)
+            return pq.ParquetFile(handle).read(columns=["row", *names])
 
     try:
         rows = storage.retrying(f"reading {file.uri}", read)
     except (pa.ArrowException, OSError) as error:
-        if not isinstance(error, pa.ArrowException) and error.errno is not None:
-            raise  # the store's; Arrow raises an OSError without a number for damage (pyarrow 26)
+        if not is_damage(error):
+            raise
         raise OutputError(f"{file.uri} cannot be read: {error}; jobs/audit.py names what is damaged") from error
     columns = {name: rows[name] for name in names} | {"partition": pa.repeat(partition, rows.num_rows)}
-    pinned = read_pinned()
-    pinned = pinned.filter(pc.is_valid(pinned["image_id"]))  # what was forgotten stands there as nulls
+    pinned = read_pinned().take(rows["row"])  # rows that were forgotten are still planned, as nulls
     for name in CONTENT_COLUMNS:
         said = pinned[name].cast(rows[name].type) if name in pinned.column_names else None
         columns[SAID + name] = (

@@ -1,7 +1,7 @@
-"""Pulse: a file that a driver rewrites while it is at work on a run. Says who is at work; decides nothing about data.
+"""Pulse: a file that a process rewrites while it is at work. Says who is at work; decides nothing about data.
 
-A driver that was killed leaves its file behind, which grows old. A wrong guess costs time, never rows: drivers on one run
-are harmless.
+A process that was killed leaves its file behind, which grows old. Of drivers on a run a wrong guess costs time, never
+rows: several are harmless.
 """
 
 from __future__ import annotations
@@ -28,38 +28,51 @@ _LAST_BEAT_SECONDS: Final = 5.0  # what an ending driver waits for its file to g
 
 
 @dataclass(frozen=True, slots=True)
-class DriverAtWork:
-    """A driver whose last beat is not old."""
+class AtWork:
+    """A process whose last beat is not old."""
 
-    name: str  # host, process id and a random part
+    name: str  # when it began, host, process id and a random part: names are in the order of their beginnings
     seconds_ago: float
 
 
-def drivers_at_work(output: str, run_id: str) -> list[DriverAtWork]:
-    """The drivers on a run whose last beat is younger than LIVE_SECONDS, by the store's times and this machine's clock."""
+def drivers_folder(output: str, run_id: str) -> str:
+    """Where the drivers of a run show themselves."""
+    return storage.join(run_folder(output, run_id), "drivers")
+
+
+def drivers_at_work(output: str, run_id: str) -> list[AtWork]:
+    """The drivers on a run, the first to begin first: see `at_work`."""
+    return at_work(drivers_folder(output, run_id))
+
+
+def at_work(folder: str) -> list[AtWork]:
+    """Whose last beat below a folder is younger than LIVE_SECONDS, by the store's times and this machine's clock."""
     now = datetime.now(UTC)
     found = []
-    for file in storage.list_files(storage.join(run_folder(output, run_id), "drivers")):
+    for file in storage.list_files(folder):
         if file.last_modified is None:  # a store that does not say: the file alone has to do
             continue
         seconds = (now - file.last_modified).total_seconds()
         if seconds < LIVE_SECONDS and file.uri.endswith(".json"):
-            found.append(DriverAtWork(file.uri.rsplit("/", 1)[1].removesuffix(".json"), max(seconds, 0.0)))
+            found.append(AtWork(file.uri.rsplit("/", 1)[1].removesuffix(".json"), max(seconds, 0.0)))
     return found
 
 
 class Pulse:
-    """A context manager: while it is open, others see this driver at work on the run."""
+    """A context manager: while it is open, others see this process at work (`drivers_folder` says on which run)."""
 
-    def __init__(self, output: str, run_id: str) -> None:
+    def __init__(self, folder: str) -> None:
         host = "".join(c if c.isalnum() or c in "-." else "-" for c in socket.gethostname())[:60]
-        self.name = f"{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._uri = storage.join(run_folder(output, run_id), "drivers", f"{self.name}.json")
-        self._started = datetime.now(UTC).isoformat()
+        started = datetime.now(UTC)
+        self.name = f"{started:%Y%m%dT%H%M%S.%fZ}-{host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self.folder = folder
+        self._uri = storage.join(folder, f"{self.name}.json")
+        self._started = started.isoformat()
         self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True, name="pulse")
+        self._thread = threading.Thread(target=self._go_on, daemon=True, name="pulse")
 
     def __enter__(self) -> Pulse:
+        self._beat(1)  # who begins just after sees it
         self._thread.start()
         return self
 
@@ -67,15 +80,16 @@ class Pulse:
         self._ending.set()
         self._thread.join(_LAST_BEAT_SECONDS)
 
-    def _beat(self) -> None:
-        beats = 0
-        while True:
+    def _go_on(self) -> None:
+        beats = 1
+        while not self._ending.wait(BEAT_SECONDS):
             beats += 1
-            data = json.dumps({"started_at": self._started, "beats": beats, "every_seconds": BEAT_SECONDS}).encode()
-            # A store that is away keeps nobody from working: the next beat may come through.
-            with suppress(*storage.STORE_ERRORS, StorageError):
-                storage.replace(self._uri, data)
-            if self._ending.wait(BEAT_SECONDS):
-                break
+            self._beat(beats)
         with suppress(*storage.STORE_ERRORS, StorageError):
             storage.delete(self._uri)
+
+    def _beat(self, beats: int) -> None:
+        data = json.dumps({"started_at": self._started, "beats": beats, "every_seconds": BEAT_SECONDS}).encode()
+        # A store that is away keeps nobody from working: the next beat may come through.
+        with suppress(*storage.STORE_ERRORS, StorageError):
+            storage.replace(self._uri, data)

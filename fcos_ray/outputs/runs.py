@@ -116,13 +116,18 @@ def resolve(existing: Existing, labelling: Mapping[str, Any] | None, request: Re
     for run in reversed(ordered):
         if run.state == "finished" and run.request_digest == request.digest and _answers(run, existing, request):
             return Nothing(run.run_id)
+    pinned = max((_number(run.run_id) for run in ordered), default=0)
     for run_id in existing.claimed:
-        if run_id.endswith(
-            f"-{request.digest[:8]}"
-        ):  # another driver of this request: who pins first has pinned for both
+        # Another driver of this request: who pins first has pinned for both. Below the last run it is an old claim, and
+        # its rows would count as older than that run's.
+        if run_id.endswith(f"-{request.digest[:8]}") and _number(run_id) > pinned:
             return New(run_id)
-    last = max([0, *(int(run_id.split("-")[0]) for run_id in (*existing.claimed, *(run.run_id for run in ordered)))])
+    last = max([pinned, *map(_number, existing.claimed)])
     return New(f"{last + 1:06d}-{request.digest[:8]}")
+
+
+def _number(run_id: str) -> int:
+    return int(run_id.split("-")[0])
 
 
 def _answers(run: RunState, existing: Existing, request: Request) -> bool:
@@ -166,6 +171,16 @@ def run_folder(output: str, run_id: str) -> str:
     return storage.join(output, "runs", run_id)
 
 
+def temporary_folder(output: str, run_id: str) -> str:
+    """Where files of a run are prepared on a local disk; what a kill leaves there is nobody's, and purge takes it."""
+    return storage.join(run_folder(output, run_id), "tmp")
+
+
+def list_forgotten(output: str) -> frozenset[str]:
+    """Names of the records that images were taken out of committed files: another one, and files may have changed."""
+    return frozenset(storage.list_names(storage.join(output, "forgotten")))
+
+
 def read_existing(output: str) -> Existing:
     """What lies in an output, as far as `resolve` asks."""
     folder = storage.join(output, "runs", "numbers")
@@ -173,7 +188,7 @@ def read_existing(output: str) -> Existing:
     pinned = tuple(list_runs(output))
     open_claims = sorted(claims - {f"{run.run_id.split('-')[0]}.json" for run in pinned})
     claimed = [(read_json(storage.join(folder, name)) or {}).get("run_id", "") for name in open_claims]
-    forgotten = sorted(storage.list_names(storage.join(output, "forgotten")))
+    forgotten = sorted(list_forgotten(output))
     return Existing(pinned, tuple(run_id for run_id in claimed if _RUN_ID.fullmatch(run_id)), tuple(forgotten))
 
 

@@ -143,21 +143,23 @@ def _create_local(path: Path, data: bytes, temporary_folder: Path) -> bool:
             temporary.unlink()
 
 
-def replace(uri: str, data: bytes) -> None:
+def replace(uri: str, data: bytes, *, temporary_folder: str | None = None) -> None:
     """Write a small file, over the one that may be there: readers see the old one or the new one, whole.
 
-    For what says how things stand; what counts is created, never replaced. Raises as `create` does.
+    For what says how things stand; what counts is created, never replaced. `temporary_folder` and errors as in `create`.
     """
     fs, path = filesystem(uri)
     if is_local(fs):
-        retrying(f"writing {uri}", lambda: _replace_local(Path(path), data))
+        folder = Path(temporary_folder) if temporary_folder else Path(path).parent
+        retrying(f"writing {uri}", lambda: _replace_local(Path(path), data, folder))
     else:
         retrying(f"writing {uri}", lambda: fs.pipe_file(path, data, **deadline(fs)))
 
 
-def _replace_local(path: Path, data: bytes) -> None:
+def _replace_local(path: Path, data: bytes, temporary_folder: Path) -> None:
+    _make_folder(temporary_folder)
     _make_folder(path.parent)
-    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
+    temporary = temporary_folder / f".{uuid.uuid4().hex}.tmp"
     try:
         with temporary.open("xb") as file:
             file.write(data)
@@ -170,15 +172,16 @@ def _replace_local(path: Path, data: bytes) -> None:
             temporary.unlink()
 
 
-def publish(path: Path, uri: str, *, overwrite: bool = False) -> bool:
+def publish(path: Path, uri: str, *, overwrite: bool = False, temporary_folder: str | None = None) -> bool:
     """Make a finished local file appear under `uri`, whole or not at all. False: a file is there already, and stays.
 
     For files too large for `create`: flat in memory. In a store, above 128 MiB, two writers at once may both be told
-    True (a multipart upload checks late, and Ceph 16 not at all). Raises as `create` does.
+    True (a multipart upload checks late, and Ceph 16 not at all). `temporary_folder` and errors as in `create`.
     """
     fs, target = filesystem(uri)
     if is_local(fs):
-        return retrying(f"creating {uri}", lambda: _publish_local(path, Path(target), overwrite=overwrite))
+        folder = Path(temporary_folder) if temporary_folder else Path(target).parent
+        return retrying(f"creating {uri}", lambda: _publish_local(path, Path(target), folder, overwrite=overwrite))
     if not overwrite and stat_file(uri) is not None:
         return _same_file(path, uri)
 
@@ -203,9 +206,10 @@ def _same_file(path: Path, uri: str) -> bool:
         return not theirs.read(1)
 
 
-def _publish_local(path: Path, target: Path, *, overwrite: bool) -> bool:
+def _publish_local(path: Path, target: Path, temporary_folder: Path, *, overwrite: bool) -> bool:
+    _make_folder(temporary_folder)
     _make_folder(target.parent)
-    temporary = target.parent / f".{uuid.uuid4().hex}.tmp"
+    temporary = temporary_folder / f".{uuid.uuid4().hex}.tmp"
     try:
         with path.open("rb") as data, temporary.open("xb") as file:
             shutil.copyfileobj(data, file, _COPY_BYTES)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,8 +26,9 @@ from fcos_ray import storage
 from fcos_ray.errors import OutputError
 from fcos_ray.inputs.columns import PARTITION
 from fcos_ray.outputs import runs
-from fcos_ray.outputs.commit import METADATA_KEY, ShardCounts, count_outcomes, data_folder
+from fcos_ray.outputs.commit import METADATA_KEY, ShardCounts, count_outcomes, data_folder, is_damage
 from fcos_ray.outputs.index import index_uri
+from fcos_ray.outputs.pulse import LIVE_SECONDS, Pulse, at_work
 
 _AT_ONCE: Final = 16  # files in hand
 _KEYS: Final = ["image_id", "uri"]
@@ -76,71 +77,100 @@ def read_ids(path: Path) -> list[str]:
 def forget(output: str, ids: Iterable[str], *, apply: bool, reason: str | None = None) -> ForgetSummary:
     """Take images out of an output. Without `apply` it is only counted what would go.
 
-    Raises OutputError while a run is open: its pinned rows are still to be labelled.
+    Raises OutputError while a run is open, whose pinned rows are still to be labelled, and while another is at it.
     """
+    _require_no_open_run(output)
+    wanted = frozenset(ids)
+    if not apply:
+        found = _find(list(_files(output)), wanted)
+        return _summary(found, wanted, applied=False)
+    with Pulse(storage.join(output, "forgotten", "at_work")) as pulse:
+        if others := [one for one in at_work(pulse.folder) if one.name != pulse.name]:
+            raise OutputError(
+                f"{others[0].name} forgets here too (its last sign was {others[0].seconds_ago:.0f} s ago); two at once would "
+                f"undo each other: let it end. If it was killed, its sign is gone after {LIVE_SECONDS:.0f} s"
+            )
+        return _apply(output, wanted, reason)
+
+
+def _require_no_open_run(output: str) -> None:
     states = runs.list_runs(output)
+    if not states:
+        raise OutputError(f"{storage.without_secrets(output)} holds no runs; wanted the --output of a job")
     if open_runs := [run.run_id for run in states if run.state == "open"]:
         raise OutputError(
             f"run {open_runs[0]} is open, and may write these images again: let it finish, or abandon it first"
         )
-    if not states:
-        raise OutputError(f"{storage.without_secrets(output)} holds no runs; wanted the --output of a job")
-    wanted = set(ids)
-    files = list(_files(output))
-    found = _find(files, wanted)
-    summary = ForgetSummary(
-        len(wanted), len(found.keys.ids), found.rows, found.rows_of_other_ids, len(found.files), applied=apply
-    )
-    if apply:
-        _apply(output, [file for file in files if file.uri in found.files], found, summary, reason)
-    return summary
 
 
-def _apply(output: str, touched: list[_File], found: _Found, summary: ForgetSummary, reason: str | None) -> None:
-    # Neither ids nor uris: what was forgotten is to be nowhere, but that it was is to be known.
+def _summary(found: _Found, wanted: Collection[str], *, applied: bool) -> ForgetSummary:
+    files = sum(file.kind != "index" for file in found.files)
+    return ForgetSummary(len(wanted), len(found.keys.ids), found.rows, found.rows_of_other_ids, files, applied=applied)
+
+
+def _apply(output: str, wanted: frozenset[str], reason: str | None) -> ForgetSummary:
+    """Take out, look again, and so on until nothing is found: a job that was planning may have written meanwhile."""
+    # Neither ids nor uris: what was forgotten is to be nowhere, but that it was is to be known. It comes before the first
+    # look, so that a job that plans now sees it and pins nothing.
     name = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:8]}"
     record = storage.join(output, "forgotten", name)
-    about = {"at": datetime.now(UTC).isoformat(), "ids": summary.ids, "reason": reason}
+    about = {"at": datetime.now(UTC).isoformat(), "ids": len(wanted), "reason": reason}
     storage.create(f"{record}.json", json.dumps(about, indent=1).encode())
-    for file in _left_behind(output):
-        storage.delete(file.uri)
-    indexes = sorted({index_uri(output, file.run_id) for file in touched})
-    for uri in indexes:
-        storage.delete(uri)  # made again when it is needed
-    # Rows of other ids first: only the ids' own rows tell which uris are to go, should this be killed between the two.
-    of_others = [file for file in touched if found.files[file.uri]]
-    with ThreadPoolExecutor(4) as pool:  # each has a whole file in hand
-        list(pool.map(lambda file: _rewrite(file, found.keys, others_only=True), of_others))
-        list(pool.map(lambda file: _rewrite(file, found.keys), touched))
-    for uri in indexes:  # a job that was planning may have made it again, of the files as they were
-        storage.delete(uri)
+    summary, uris = None, frozenset[str]()
+    while True:
+        for left in _left_behind(output):
+            storage.delete(left.uri)
+        found = _find(list(_files(output)), wanted, uris)
+        summary, uris = summary or _summary(found, wanted, applied=True), found.keys.uris
+        if not found.files:
+            break
+        _take_out(output, found)
+    _require_no_open_run(output)  # one that was pinned after the first look; the same command goes on when it is done
     done = {key: value for key, value in asdict(summary).items() if key != "applied"}
     data = json.dumps(done | {"at": datetime.now(UTC).isoformat()}, indent=1).encode()
     storage.create(f"{record}-done.json", data)
+    # Whoever made an index of files as they were sees the record and deletes it; who published it before is seen here.
+    for file in _find([file for file in _files(output) if file.kind == "index"], wanted, uris).files:
+        storage.delete(file.uri)
+    return summary
+
+
+def _take_out(output: str, found: _Found) -> None:
+    for file in found.files:
+        if file.kind == "index":
+            storage.delete(file.uri)  # made again when it is needed
+    touched = [file for file in found.files if file.kind != "index"]
+    # Rows of other ids first: only the ids' own rows tell which uris are to go, should this be killed between the two.
+    of_others = [file for file in touched if found.files[file]]
+    with ThreadPoolExecutor(4) as pool:  # each has a whole file in hand
+        list(pool.map(lambda file: _rewrite(output, file, found.keys, others_only=True), of_others))
+        list(pool.map(lambda file: _rewrite(output, file, found.keys), touched))
 
 
 @dataclass(frozen=True, slots=True)
 class _File:
     uri: str
     run_id: str
-    pinned: bool  # of a pinned manifest; else a shard file
+    kind: Literal["shard", "pinned", "index"]
 
 
 def _files(output: str) -> Iterator[_File]:
     for run_id in runs.list_run_folders(output):
         for found in storage.list_files(data_folder(output, run_id)):
-            yield _File(found.uri, run_id, pinned=False)
+            yield _File(found.uri, run_id, "shard")
         folder = runs.run_folder(output, run_id)
         for name in storage.list_folders(folder):
             if name.startswith("manifest-"):
                 for found in storage.list_files(storage.join(folder, name)):
-                    yield _File(found.uri, run_id, pinned=True)
+                    yield _File(found.uri, run_id, "pinned")
+        if storage.exists(index_uri(output, run_id)):
+            yield _File(index_uri(output, run_id), run_id, "index")
 
 
 def _left_behind(output: str) -> Iterator[storage.StoredFile]:
-    """Halves of files that commits left when they were killed."""
+    """Halves of files that commits, plans, indexes and this command left when they were killed."""
     for run_id in runs.list_run_folders(output):
-        yield from storage.list_files(storage.join(runs.run_folder(output, run_id), "tmp"))
+        yield from storage.list_files(runs.temporary_folder(output, run_id))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,28 +195,28 @@ class _Found:
     """What is to go, and where it is."""
 
     keys: _Keys
-    files: dict[str, bool]  # uris of files with such rows: whether some of them are of other ids
+    files: dict[_File, bool]  # those with such rows: whether some of them are of other ids
     rows: int
     rows_of_other_ids: int
 
 
-def _find(files: list[_File], wanted: Collection[str]) -> _Found:
+def _find(files: list[_File], wanted: Collection[str], known_uris: Collection[str] = ()) -> _Found:
     """Two passes over two columns: the ids' uris, then every row that has one of either."""
     ids: set[str] = set()
-    uris: set[str] = set()
+    uris = set(known_uris)
     for _, table in _read_keys(files):
         found = table.filter(_is_in(table["image_id"], wanted))
         ids.update(found["image_id"].to_pylist())
         uris.update(found["uri"].to_pylist())
     keys = _Keys(frozenset(ids), frozenset(uris))
-    touched: dict[str, bool] = {}
+    touched: dict[_File, bool] = {}
     rows = others = 0
-    for file, table in _read_keys(files) if ids else ():
+    for file, table in _read_keys(files) if uris else ():
         found = table.filter(keys.mask(table))
         num_others = found.num_rows - (pc.sum(_is_in(found["image_id"], ids)).as_py() or 0)
         if found.num_rows:
-            touched[file.uri] = num_others > 0
-        if not file.pinned:
+            touched[file] = num_others > 0
+        if file.kind == "shard":
             rows, others = rows + found.num_rows, others + num_others
     return _Found(keys, touched, rows, others)
 
@@ -209,23 +239,24 @@ def _damage_named(uri: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        if not isinstance(error, pa.ArrowException) and error.errno is not None:
-            raise  # the store's; Arrow raises an OSError without a number for damage (pyarrow 26)
+        if not is_damage(error):
+            raise
         raise OutputError(
             f"{uri} cannot be read: {error}; it may hold what is to be forgotten: move it away first"
         ) from error
 
 
-def _rewrite(file: _File, keys: _Keys, *, others_only: bool = False) -> None:
+def _rewrite(output: str, file: _File, keys: _Keys, *, others_only: bool = False) -> None:
     with storage.open_for_reading(file.uri) as handle:
         parquet = pq.ParquetFile(handle)
-        if file.pinned:
+        if file.kind == "pinned":
             groups = [parquet.read_row_group(number) for number in range(parquet.num_row_groups)]
             data = _blanked(groups, [keys.mask(group, others_only=others_only) for group in groups])
         else:
             table = parquet.read()
             data = _without(table, keys.mask(table, others_only=others_only))
-    storage.replace(file.uri, data)
+    # Not beside the file: what a kill leaves there would be taken for a shard.
+    storage.replace(file.uri, data, temporary_folder=runs.temporary_folder(output, file.run_id))
 
 
 def _without(table: pa.Table, gone: pa.ChunkedArray) -> bytes:

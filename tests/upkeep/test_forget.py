@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import fcos_ray as fr
-from fcos_ray import storage
+from fcos_ray import job, storage
 from fcos_ray.analysis.audit import audit_output
 from fcos_ray.errors import OutputError
-from fcos_ray.outputs import runs
-from fcos_ray.upkeep.forget import forget, read_ids
+from fcos_ray.outputs import index, runs
+from fcos_ray.outputs.pulse import Pulse
+from fcos_ray.upkeep.forget import _files, _Keys, _rewrite, forget, read_ids
 from fcos_ray.upkeep.marks import retract
 from tests.nights import Crash, run_night, write_night
 
@@ -126,11 +127,13 @@ class _Killed(Exception):
 def _killed_after(writes: int, real: Callable[..., Any]) -> Callable[..., Any]:
     left = [writes]
 
-    def write(*arguments: Any, **options: Any) -> Any:
+    def write(uri: str, *arguments: Any, **options: Any) -> Any:
+        if "/at_work/" in uri:  # the sign of life, which has a thread of its own
+            return real(uri, *arguments, **options)
         if left[0] == 0:
             raise _Killed
         left[0] -= 1
-        return real(*arguments, **options)
+        return real(uri, *arguments, **options)
 
     return write
 
@@ -160,6 +163,99 @@ def test_killed_before_any_write_the_same_command_ends_it(
             assert writes > 1, "it wrote something"
             return
     pytest.fail("it never ended")
+
+
+def test_what_a_kill_in_the_middle_of_a_write_leaves_disturbs_nobody_and_goes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = str(tmp_path / "out")
+    write_nights(tmp_path, output)
+
+    def killed(*_: object, **__: object) -> None:
+        raise _Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        patch.setattr(Path, "unlink", killed)  # nobody tidies up after a SIGKILL
+        with pytest.raises(_Killed):
+            _rewrite(output, next(iter(_files(output))), _Keys(frozenset(GONE), frozenset()))
+    assert not audit_output(output, deep=True).findings
+    assert fr.open_dataset(output).latest().to_arrow().num_rows
+    forget(output, GONE, apply=True)
+    assert traces(output, GONE) == []
+    assert not [file.uri for file in storage.list_files(output) if file.uri.endswith(".tmp")]
+
+
+def test_two_at_once_would_undo_each_other_so_the_second_is_refused(tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    run_night(write_night(tmp_path / "m.parquet", {"a": "1", "b": "1"}), output)
+    with (
+        Pulse(storage.join(output, "forgotten", "at_work")) as other,
+        pytest.raises(OutputError, match=rf"{other.name} forgets here too .* let it end"),
+    ):
+        forget(output, ["a"], apply=True)
+    assert forget(output, ["a"], apply=True).rows == 1
+
+
+def test_a_job_that_planned_meanwhile_pins_nothing_of_what_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forgotten between plan and pin: the plan is made again, of a manifest that names the image no more."""
+    output = str(tmp_path / "out")
+    manifest = write_night(tmp_path / "m.parquet", {f"i{n}": "1" for n in range(6)} | {"secret-1": "1"})
+    run_night(manifest, output)
+    other = write_night(tmp_path / "n.parquet", {f"i{n}": "2" for n in range(6)} | {"secret-1": "2"})
+    calls = []
+
+    def pin_slowly(*arguments: Any, **options: Any) -> Any:
+        calls.append(real(*arguments, **options))
+        if len(calls) == 1:
+            forget(output, GONE, apply=True)
+        return calls[-1]
+
+    real = job.pin
+    monkeypatch.setattr(job, "pin", pin_slowly)
+    with pytest.raises(Crash):
+        run_night(other, output, crash_after=0)
+    assert len(calls) == 2, "planned again"
+    [open_run] = [run.run_id for run in runs.list_runs(output) if run.state == "open"]
+    with pytest.raises(OutputError, match=f"run {open_run} is open"):
+        forget(output, GONE, apply=True)
+
+
+def test_an_index_that_was_made_of_the_files_as_they_were_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forgotten while a job made the index that was missing."""
+    output = str(tmp_path / "out")
+    manifest = write_night(tmp_path / "m.parquet", {"secret-1": "1", "b": "1"})
+    first = run_night(manifest, output)
+    storage.delete(index.index_uri(output, first.run_id))
+    made = []
+
+    def write_slowly(*arguments: Any) -> Path:
+        made.append(real(*arguments))
+        if len(made) == 1:
+            forget(output, GONE, apply=True)
+        return made[-1]
+
+    real = index._write_index
+    monkeypatch.setattr(index, "_write_index", write_slowly)
+    write_night(manifest, {"b": "1"})
+    assert run_night(manifest, output).state == "nothing_to_do"
+    assert len(made) == 2
+    assert traces(output, GONE) == []
+
+
+def test_an_index_is_made_while_a_shard_is_rewritten_and_its_plan_not_yet(tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    manifest = write_night(tmp_path / "m.parquet", {"secret-1": "1", "b": "1", "c": "1"})
+    run = run_night(manifest, output)
+    [shard] = [file for file in _files(output) if file.kind == "shard"]
+    _rewrite(output, shard, _Keys(frozenset(GONE), frozenset()))
+    storage.delete(index.index_uri(output, run.run_id))
+    write_night(manifest, {"b": "1", "c": "2"})
+    assert run_night(manifest, output).selection["changed"] == 1
 
 
 def test_a_damaged_file_may_hold_the_image_so_nothing_is_claimed(tmp_path: Path) -> None:

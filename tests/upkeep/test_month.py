@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import fcos_ray as fr
 from fcos_ray.errors import OutputError
 from fcos_ray.outputs import runs
 from fcos_ray.outputs.index import index_uri
-from fcos_ray.outputs.pulse import Pulse, drivers_at_work
+from fcos_ray.outputs.pulse import Pulse, drivers_folder
 from fcos_ray.upkeep.marks import abandon, restore, retract
 from tests.analysis.test_queries import queries
 from tests.nights import Crash, run_night, write_night
@@ -62,9 +61,7 @@ def test_a_month_of_nights_ends_as_if_all_had_been_labelled_once(tmp_path: Path)
             with pytest.raises(Crash):
                 run_night(manifest, output, crash_after=0, **settings)
             open_run = next(run for run in runs.list_runs(str(output)) if run.state == "open")
-            with Pulse(str(output), open_run.run_id):
-                while not drivers_at_work(str(output), open_run.run_id):
-                    time.sleep(0.01)
+            with Pulse(drivers_folder(str(output), open_run.run_id)):
                 left = run_night(manifest, output, if_running="exit", **settings)
             assert (left.state, left.run_id) == ("running", open_run.run_id)
         summary = run_night(manifest, output, **settings)
@@ -134,11 +131,11 @@ def test_an_abandoned_runs_rows_count_and_the_rest_is_new(tmp_path: Path) -> Non
     [open_run] = runs.list_runs(output)
     with pytest.raises(OutputError, match=r"is open: let it finish .* or abandon it first"):
         retract(output, open_run.run_id)
-    with Pulse(output, open_run.run_id) as pulse:
-        while not drivers_at_work(output, open_run.run_id):
-            time.sleep(0.01)
-        with pytest.raises(OutputError, match=f"{pulse.name} is at work on run"):
-            abandon(output, open_run.run_id)
+    with (
+        Pulse(drivers_folder(output, open_run.run_id)) as pulse,
+        pytest.raises(OutputError, match=f"{pulse.name} is at work on run"),
+    ):
+        abandon(output, open_run.run_id)
     assert abandon(output, open_run.run_id) == abandon(output, open_run.run_id) == 2
     assert len(newest(output)) == 6
     rest = run_night(manifest, output)

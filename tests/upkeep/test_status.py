@@ -11,7 +11,7 @@ import pytest
 
 from fcos_ray.errors import OutputError
 from fcos_ray.outputs import runs
-from fcos_ray.outputs.pulse import Pulse, drivers_at_work
+from fcos_ray.outputs.pulse import Pulse, drivers_folder
 from fcos_ray.upkeep.marks import abandon, retract
 from fcos_ray.upkeep.status import list_runs, run_status
 from tests.nights import Crash, run_night, write_night
@@ -48,9 +48,7 @@ def test_an_open_run_shows_how_far_it_is(tmp_path: Path) -> None:
 def test_a_driver_at_work_is_named(tmp_path: Path) -> None:
     output = crashed(tmp_path, after=0)
     [state] = runs.list_runs(output)
-    with Pulse(output, state.run_id) as pulse:
-        while not drivers_at_work(output, state.run_id):
-            time.sleep(0.01)
+    with Pulse(drivers_folder(output, state.run_id)) as pulse:
         found = run_status(output, state.run_id)
         assert found.drivers == (pulse.name,)
         assert found.describe().endswith(f"at work: {pulse.name}")
