@@ -59,7 +59,7 @@ def summarise(
         deleted=counts.deleted,
         errors_by_code=counts.errors_by_code,
         detections=counts.detections,
-        selection=record["selection"],
+        selection=record.get("selection", {}),  # of runs before there was one
         duplicates_dropped=record["duplicates_dropped"],
         uris_refused=record["uris_refused"],
         images_per_second=None if rate is None else round(rate, 3),

@@ -12,10 +12,12 @@ import pytest
 
 import fcos_ray as fr
 from fcos_ray import execution, job
+from fcos_ray.errors import RunStopped
 from fcos_ray.outputs import runs
 from fcos_ray.outputs.pulse import Pulse, drivers_folder
 from fcos_ray.sample import write_sample
 from fcos_ray.types import Image
+from fcos_ray.upkeep.marks import abandon
 from tests.corpus import PixelDetector, config, rows_of
 from tests.nights import Crash, run_night, write_night
 
@@ -78,3 +80,52 @@ def test_who_is_told_to_wait_waits_until_nobody_is_at_work(tmp_path: Path, monke
         assert runs.list_runs(output)[0].state == "open"
     waiting.join()
     assert (summaries[0].state, summaries[0].rows) == ("complete", 6)
+
+
+def test_a_driver_ends_when_its_run_is_abandoned_and_what_it_had_committed_is_in_the_index(
+    tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sample(tmp_path / "corpus", num_images=12, seed=3, num_broken=0)
+    manifest, output = tmp_path / "corpus" / "manifest.parquet", str(tmp_path / "out")
+    monkeypatch.setattr(execution, "_LOOK_SECONDS", 0.5)
+
+    class SlowDetector(PixelDetector):
+        def detect(self, images: Sequence[Image]) -> Any:
+            time.sleep(2.0 * len(images))
+            return super().detect(images)
+
+    def close() -> None:
+        while not list((tmp_path / "out" / "detections").rglob("*.parquet")):
+            time.sleep(0.05)
+        abandon(output, runs.list_runs(output)[0].run_id, force=True)
+
+    closing = threading.Thread(target=close)
+    closing.start()
+    with pytest.raises(
+        RunStopped, match=r"run 000001-\w+ was abandoned meanwhile; the same command labels what it lacks"
+    ):
+        fr.run(config(manifest, output, shard_rows=2), make_detector=SlowDetector)
+    closing.join()
+    before = len(rows_of(Path(output)))
+    assert 0 < before < 12
+    again = run_night(manifest, output, shard_rows=2, weights="random:1")
+    assert (again.rows, again.selection["up_to_date"]) == (12 - before, before)
+
+
+def test_an_abandoned_run_that_grew_is_indexed_again(tmp_path: Path) -> None:
+    """A driver that slept while its run was abandoned and indexed commits one more shard when it wakes."""
+    output = str(tmp_path / "out")
+    manifest = write_night(tmp_path / "m.parquet", {f"i{n}": "1" for n in range(9)})
+    with pytest.raises(Crash):
+        run_night(manifest, output, crash_after=2)
+    [run] = runs.list_runs(output)
+    late = max((tmp_path / "out" / "detections").rglob("*.parquet"))
+    data = late.read_bytes()
+    late.unlink()
+    abandon(output, run.run_id)
+    assert run_night(manifest, output, dry_run=True).selection["up_to_date"] == 3
+    write_night(manifest, {f"i{n}": "1" for n in range(3)})
+    assert run_night(manifest, output).state == "nothing_to_do", "the index is there now"
+    late.write_bytes(data)
+    write_night(manifest, {f"i{n}": "1" for n in range(6)})
+    assert run_night(manifest, output).state == "nothing_to_do"

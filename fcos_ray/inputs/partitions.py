@@ -27,6 +27,14 @@ _KEY: Final = re.compile(r"(?:(?P<name>[^:=]*)=)?(?:(?P<function>[^:=]*):)?(?P<c
 _ISO: Final = r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d([.]\d{1,9})?)?(Z|[+-]\d\d(:?\d\d)?)?)?"
 
 
+# What plain keys may be besides strings, whose escapes need no look: these have none.
+_SQL_TYPES: Final = {
+    pa.bool_(): "BOOLEAN", pa.date32(): "DATE",
+    pa.int8(): "TINYINT", pa.int16(): "SMALLINT", pa.int32(): "INTEGER", pa.int64(): "BIGINT",
+    pa.uint8(): "UTINYINT", pa.uint16(): "USMALLINT", pa.uint32(): "UINTEGER", pa.uint64(): "UBIGINT",
+}  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class PartitionKey:
     """One Hive key: `name=<value>` in the path of every output file."""
@@ -101,6 +109,18 @@ def path_sql(keys: Sequence[PartitionKey], types: Mapping[str, pa.DataType]) -> 
     """A row's Hive path; "" without keys. Wants `hive_escape` registered as a function of strings."""
     parts = (f"{literal(key.name + '=')} || hive_escape({key.value_sql(types)})" for key in keys)
     return " || '/' || ".join(parts) or literal("")
+
+
+def fits_path_sql(keys: Sequence[PartitionKey], types: Mapping[str, pa.DataType], path: str) -> str:
+    """Whether a column of Hive paths, made earlier, has these keys and nothing but values of their columns' types now."""
+    pattern = "/".join(f"{key.name}=([^/]*)" for key in keys)
+    fits = [f"regexp_full_match({path}, {literal(pattern)})"]
+    for place, key in enumerate(keys, 1):
+        kind = _SQL_TYPES.get(types[key.column]) if key.function is None else None
+        if kind is not None:
+            value = f"regexp_extract({path}, {literal(f'^{pattern}$')}, {place})"
+            fits.append(f"({value} = '{HIVE_NULL}' OR CAST(TRY_CAST({value} AS {kind}) AS VARCHAR) = {value})")
+    return " AND ".join(fits)
 
 
 def hive_escape(values: pa.ChunkedArray) -> pa.Array:

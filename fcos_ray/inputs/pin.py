@@ -129,14 +129,15 @@ def _shard_sizes(draft: Draft) -> list[int]:
 
 
 def read_shard(folder: str, files: Sequence[PinnedFile], shard: int) -> pa.Table:
-    """The pinned rows of one shard, in order."""
+    """The pinned rows of one shard, in order. Plans of before there were tombstones have none."""
     file = next(f for f in files if f.first_shard <= shard < f.first_shard + len(f.shard_rows))
 
     def read() -> pa.Table:
         with storage.open_for_reading(storage.join(folder, file.name)) as handle:
             return pq.ParquetFile(handle).read_row_group(shard - file.first_shard)
 
-    return cast("pa.Table", storage.retrying(f"reading shard {shard}", read))
+    rows = cast("pa.Table", storage.retrying(f"reading shard {shard}", read))
+    return rows if DELETED in rows.column_names else rows.append_column(DELETED, pa.repeat(False, rows.num_rows))
 
 
 def read_partitions(folder: str, files: Sequence[PinnedFile]) -> list[str]:

@@ -16,10 +16,10 @@ import duckdb
 import pyarrow as pa
 
 from fcos_ray import storage
-from fcos_ray.errors import ManifestError, OutputError
+from fcos_ray.errors import ERROR_CODES, ManifestError, OutputError
 from fcos_ray.inputs.columns import PARTITION, REFUSED, SAID
 from fcos_ray.inputs.explain import explain
-from fcos_ray.inputs.partitions import HIVE_NULL, PartitionKey
+from fcos_ray.inputs.partitions import HIVE_NULL, PartitionKey, fits_path_sql
 from fcos_ray.inputs.scans import count_rows, literal, store_failure, uri_list
 
 Select = Literal["new", "changed", "failed", "failed:all", "all"]
@@ -73,6 +73,7 @@ class Selection:
     selected: int = 0
     asked: int = 0  # images whose store was asked whether they changed
     unasked: int = 0  # images of a scheme that can be fetched only, not asked
+    unanswered: int = 0  # images whose store refuses to say; they count as not changed
     history_bytes: int = 0  # size of the indexes
     explanation: str | None = field(default=None, compare=False)
 
@@ -88,7 +89,8 @@ class Selection:
         gone = f"; {self.deleted:,} no longer in it" if self.deleted else ""
         asked = f"; {self.asked:,} asked of their store" if self.asked else ""
         unasked = f"; {self.unasked:,} on the web, where only the manifest tells changes" if self.unasked else ""
-        return f"{self.manifest:,} in the manifest: {counted}{gone}{asked}{unasked}; {self.selected:,} selected"
+        silent = f"; {self.unanswered:,} of them their store would not tell of" if self.unanswered else ""
+        return f"{self.manifest:,} in the manifest: {counted}{gone}{asked}{silent}{unasked}; {self.selected:,} selected"
 
 
 def select_rows(
@@ -112,7 +114,8 @@ def select_rows(
         counts[name] = int(count)
     deleted = 0
     if settings.tombstones and scan:
-        deleted = _find_deleted(connection, scan, keys, known=sum(counts.values()) - counts["new"], settings=settings)
+        known = sum(counts.values()) - counts["new"]
+        deleted = _find_deleted(connection, scan, keys, types, known=known, settings=settings)
     taken = [name for name, choices in TAKEN_BY.items() if set(choices) & set(settings.select)]
     connection.execute(
         "CREATE TABLE selected AS SELECT p.*, false AS deleted FROM planned p SEMI JOIN "
@@ -131,6 +134,7 @@ def select_rows(
         selected=count_rows(connection, "SELECT count(*) FROM planned"),
         asked=asked.num_asked,
         unasked=asked.num_unasked,
+        unanswered=asked.num_unanswered,
         history_bytes=sum(file.num_bytes for file in history.indexes),
         explanation=explanation,
     )
@@ -140,7 +144,8 @@ def _scan(connection: duckdb.DuckDBPyConnection, history: History) -> str | None
     """What stands after FROM for the rows of all indexes, with `run`, an index's place; None without history."""
     if not history.indexes:
         return None
-    if storage.parse_uri(history.indexes[0].uri).scheme == "file":
+    # A command that changes nothing has made some on the local disk, beside others that lie in a store.
+    if all(storage.parse_uri(file.uri).scheme == "file" for file in history.indexes):
         names = uri_list([file.uri for file in history.indexes])
     else:
         listed = storage.ListedFiles(history.indexes)
@@ -226,36 +231,50 @@ def _changed_sql(content: Collection[str]) -> str:
 class _Asked:
     num_asked: int = 0
     num_unasked: int = 0
+    num_unanswered: int = 0
 
 
 def _ask(connection: duckdb.DuckDBPyConnection, settings: SelectSettings) -> _Asked:
-    """Ask the stores of images that would not be taken whether they are still what was labelled; mends `classes`."""
+    """Ask the stores of images that would not be taken whether they are still what was labelled; mends `classes`.
+
+    Not of images that were never fetched: what is known of them is what the manifest said.
+    """
     untaken = [name for name, choices in TAKEN_BY.items() if not set(choices) & set(settings.select)]
     if not untaken:
         return _Asked()
+    unfetched = [code for code, (stage, _, _) in ERROR_CODES.items() if stage == "fetch"]
     reader = connection.cursor().sql(
         "SELECT p.number, p.uri, k.content_etag, k.content_bytes, k.content_last_modified "
         "FROM planned p JOIN known k USING (image_id) JOIN classes c USING (number) "
-        f"WHERE c.class IN ({', '.join(map(literal, untaken))}) AND p.{REFUSED} IS NULL"
+        f"WHERE c.class IN ({', '.join(map(literal, untaken))}) AND p.{REFUSED} IS NULL "
+        f"AND coalesce(k.error_code, '') NOT IN ({', '.join(map(literal, unfetched))})"
     ).to_arrow_reader(_ASK_ROWS)  # fmt: skip
     changed: list[int] = []
-    num_asked = num_unasked = 0
+    num_asked = num_unasked = num_unanswered = 0
     with ThreadPoolExecutor(_ASK_AT_ONCE) as pool:
         for batch in reader:
             rows = [row for row in batch.to_pylist() if storage.parse_uri(row["uri"]).scheme in ("s3", "file")]
             num_asked, num_unasked = num_asked + len(rows), num_unasked + batch.num_rows - len(rows)
-            changed += [row["number"] for row, new in zip(rows, pool.map(_is_new, rows), strict=True) if new]
+            answers = list(zip(rows, pool.map(_is_new, rows), strict=True))
+            changed += [row["number"] for row, new in answers if new]
+            num_unanswered += sum(new is None for _, new in answers)
     connection.execute("UPDATE classes SET class = 'changed' WHERE number IN (SELECT unnest($1::BIGINT[]))", [changed])
-    return _Asked(num_asked, num_unasked)
+    return _Asked(num_asked, num_unasked, num_unanswered)
 
 
-def _is_new(row: Mapping[str, Any]) -> bool:
-    """Whether what lies under a row's uri now is something else than what was labelled; gone is not something else."""
-    found = storage.stat_file(row["uri"])
+def _is_new(row: Mapping[str, Any]) -> bool | None:
+    """Whether what lies under a row's uri now is something else than what was labelled; gone is not something else.
+
+    None: its store refuses to say. Raises StorageError when the store does not answer.
+    """
+    try:
+        found = storage.stat_file(row["uri"])
+    except storage.STORE_ERRORS:  # permanent ones only; the others were tried again
+        return None
     if found is None:
         return False
     if row["content_etag"] is not None and storage.parse_uri(row["uri"]).scheme == "s3":
-        return bool(found.version != row["content_etag"])
+        return bool(found.version != row["content_etag"].removeprefix("W/").strip('"'))
     pairs = [(found.num_bytes, row["content_bytes"]), (found.last_modified, row["content_last_modified"])]
     return any(None not in pair and pair[0] != pair[1] for pair in pairs)
 
@@ -267,23 +286,25 @@ def _find_deleted(
     connection: duckdb.DuckDBPyConnection,
     scan: str,
     keys: Sequence[PartitionKey],
+    types: Mapping[str, pa.DataType],
     *,
     known: int,
     settings: SelectSettings,
 ) -> int:
     """Table `gone`: rows like those of `planned` for images of the history that the manifest has no more; how many.
 
-    Each stays in the partition of its newest row where that has the same keys, else the keys are null.
+    Each stays in the partition of its newest row where that has the same keys and values of their types now, else the
+    keys are null.
     """
-    path = r"^" + "/".join(f"{key.name}=[^/]*" for key in keys) + r"$"
     nulls = "/".join(f"{key.name}={HIVE_NULL}" for key in keys)
     with _unreadable_named():
         connection.execute(
             "CREATE TABLE gone AS WITH others AS ("
             f"SELECT image_id, max(run) AS run FROM {scan} ANTI JOIN planned USING (image_id) GROUP BY image_id) "
             f"SELECT image_id, uri, NULL::VARCHAR AS {REFUSED}, 0 AS shape, true AS deleted, "
-            "(SELECT coalesce(max(number), 0) FROM planned) + row_number() OVER (ORDER BY image_id) AS number, "
-            f"CASE WHEN regexp_full_match(partition, {literal(path)}) THEN partition ELSE {literal(nulls)} END AS {PARTITION} "
+            # beyond every row of the manifest, duplicates that were dropped included: pin joins by it
+            "(SELECT max(rowid) FROM manifest) + row_number() OVER (ORDER BY image_id) AS number, "
+            f"CASE WHEN {fits_path_sql(keys, types, 'partition')} THEN partition ELSE {literal(nulls)} END AS {PARTITION} "
             f"FROM {scan} SEMI JOIN others USING (image_id, run) WHERE status <> 'deleted'"
         )
     deleted = count_rows(connection, "SELECT count(*) FROM gone")

@@ -20,6 +20,7 @@ from fcos_ray import storage
 from fcos_ray.errors import ManifestError, OutputError
 from fcos_ray.inputs.fetch import FetchPolicy
 from fcos_ray.inputs.manifests import find_sources
+from fcos_ray.inputs.partitions import HIVE_NULL
 from fcos_ray.inputs.pin import pin, read_shard
 from fcos_ray.inputs.plan import Draft, PlanSettings, draft_plan
 from fcos_ray.inputs.selection import History, SelectSettings
@@ -201,6 +202,46 @@ def test_the_store_is_asked_for_what_the_manifest_does_not_tell(tmp_path: Path) 
         assert "4 asked of their store" in drafted.selection.describe()
 
 
+def test_a_store_that_refuses_to_say_tells_no_change_and_keeps_nobody_from_planning(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"xy")
+    names = ["long", "a"]
+    manifest = {"image_id": names, "uri": [f"{'x' * 300}.jpg", "a.jpg"]}  # ENAMETOOLONG
+    known = history(tmp_path, {name: {"content_bytes": 1} for name in names})
+    with draft(tmp_path, manifest, known, check_changed=True) as drafted:
+        assert taken(drafted) == ["a"]
+        assert (drafted.selection.asked, drafted.selection.unanswered) == (2, 1)
+        assert "2 asked of their store; 1 of them their store would not tell of" in drafted.selection.describe()
+
+
+def test_what_was_never_fetched_is_no_change_every_night(tmp_path: Path) -> None:
+    """Its content columns are the manifest's, in its own spelling; a damaged image's are the store's."""
+    rows = {
+        "failed": FAILED,
+        "missing": {"status": "error", "error_code": "not_found", "error_transient": False},
+        "corrupt": CORRUPT,
+    }
+    for name in rows:
+        (tmp_path / f"{name}.jpg").write_bytes(b"x")
+    manifest = {"image_id": list(rows), "uri": [f"{name}.jpg" for name in rows]}
+    known = history(tmp_path, {name: row | {"content_bytes": 7} for name, row in rows.items()})
+    with draft(tmp_path, manifest, known, check_changed=True) as drafted:
+        assert taken(drafted) == ["corrupt"]
+        assert drafted.selection.asked == 1
+
+
+@pytest.mark.s3
+def test_indexes_on_disk_and_in_a_bucket_are_one_history(tmp_path: Path, s3_bucket: str) -> None:
+    """As a dry run has them that makes a missing one for itself."""
+    known = history(tmp_path, {"a": {}, "b": FAILED}, {"b": {}})
+    moved = f"{s3_bucket}/first.parquet"
+    storage.create(moved, storage.read_bytes(known.indexes[0].uri))
+    found = storage.stat_file(moved)
+    assert found is not None
+    for indexes in ((found, known.indexes[1]), (known.indexes[1], found)):
+        with draft(tmp_path, {"image_id": ["a", "b", "c"]}, History(known.run_ids, indexes)) as drafted:
+            assert taken(drafted) == ["c"]
+
+
 @pytest.mark.s3
 def test_a_bucket_is_asked_for_etags(tmp_path: Path, s3_bucket: str) -> None:
     labelled = {}
@@ -209,8 +250,9 @@ def test_a_bucket_is_asked_for_etags(tmp_path: Path, s3_bucket: str) -> None:
         found = storage.stat_file(f"{s3_bucket}/{name}.jpg")
         assert found is not None
         labelled[name] = {"content_etag": found.version}
+        labelled[f"quoted-{name}"] = {"content_etag": f'W/"{found.version}"'}
     labelled["other"] = {"content_etag": "0" * 32}
-    manifest = {"image_id": list(labelled), "uri": [f"{s3_bucket}/{name}.jpg" for name in labelled]}
+    manifest = {"image_id": list(labelled), "uri": [f"{s3_bucket}/{n.split('-')[-1]}.jpg" for n in labelled]}
     with draft(tmp_path, manifest, history(tmp_path, labelled), check_changed=True) as drafted:
         assert taken(drafted) == ["other"]
 
@@ -242,6 +284,41 @@ def test_images_that_left_the_manifest_become_tombstones_in_their_partition(tmp_
         "gone-b": ("site=__HIVE_DEFAULT_PARTITION__", True, "s3://corpus/b.jpg", None),
         "fresh": ("site=a", False, "s3://corpus/fresh.jpg", "n"),
     }
+
+
+def test_a_tombstone_keeps_no_partition_that_is_not_of_the_columns_type_now(tmp_path: Path) -> None:
+    """A folder site=abc beside site=5 would make the run's site a column of strings."""
+    places = {
+        "five": "site=5",
+        "text": "site=abc",
+        "large": "site=300",
+        "zero": "site=007",
+        "null": f"site={HIVE_NULL}",
+    }
+    known = history(tmp_path, {name: {"partition": path} for name, path in places.items()})
+    manifest = {"image_id": ["fresh"], "site": pa.array([7], pa.int8())}
+    with draft(tmp_path, manifest, known, partition_by="site", tombstones=True, max_tombstone_fraction=1.0) as drafted:
+        found = drafted.connection.execute("SELECT image_id, __partition FROM planned WHERE deleted").fetchall()
+    null = f"site={HIVE_NULL}"
+    assert dict(found) == {"five": "site=5", "text": null, "large": null, "zero": null, "null": null}
+
+
+def test_a_tombstone_is_no_duplicate_that_was_dropped(tmp_path: Path) -> None:
+    manifest = {"image_id": ["a", "b", "b"], "note": ["of a", "of b", "of b's second"]}
+    pq.write_table(
+        pa.table({"uri": [f"s3://corpus/{i}.jpg" for i in manifest["image_id"]], **manifest}), tmp_path / "m"
+    )
+    settings = PlanSettings(
+        drop_duplicates=True, select=SelectSettings(tombstones=True, max_tombstone_fraction=1.0),
+        reserved_columns=RESERVED_COLUMNS,
+    )  # fmt: skip
+    (tmp_path / "m").rename(tmp_path / "m.parquet")
+    known = history(tmp_path, {"gone": {"uri": "s3://corpus/gone.jpg"}})
+    with draft_plan(find_sources([str(tmp_path / "m.parquet")]), settings, known) as drafted:
+        files = pin(drafted, str(tmp_path / "pinned"))
+    rows = read_shard(str(tmp_path / "pinned"), files, 0).to_pylist()
+    notes = {row["image_id"]: row["note"] for row in rows}
+    assert notes == {"a": "of a", "b": "of b", "gone": None}
 
 
 def test_a_manifest_that_lost_too_much_is_refused(tmp_path: Path) -> None:

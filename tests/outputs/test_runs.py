@@ -98,6 +98,9 @@ def test_a_number_that_was_taken_is_not_given_again() -> None:
     assert resolve(Existing((FIRST,), claimed=("000002-cccccccc",)), LABELLING, request) == New("000003-aaaaaaaa")
     # the same request's: who was first may have died, or plans beside us
     assert resolve(Existing((FIRST,), claimed=("000002-aaaaaaaa",)), LABELLING, request) == New("000002-aaaaaaaa")
+    # an old claim below another run: its rows would count as older than that run's
+    existing = Existing((FIRST, run(3, OTHER)), claimed=("000002-aaaaaaaa",))
+    assert resolve(existing, LABELLING, request) == New("000004-aaaaaaaa")
 
 
 DIFFERENT: dict[str, tuple[dict[str, Any], tuple[tuple[str, Any, Any], ...]]] = {

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow.parquet as pq
 import pytest
 
 import fcos_ray as fr
+from fcos_ray.analysis.audit import audit_output
 from fcos_ray.errors import OutputError
 from fcos_ray.outputs import runs
 from fcos_ray.outputs.index import index_uri
@@ -183,3 +186,23 @@ def test_images_that_are_gone_leave_the_dataset_and_come_back(tmp_path: Path) ->
     back = night("i0", "i1", "i2", "i3", "i4")
     assert (back.rows, back.deleted) == (1, 0)
     assert set(newest(output)) == {"i0", "i1", "i2", "i3", "i4"}
+
+
+def test_a_run_of_before_selections_and_tombstones_is_gone_on_with(tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    manifest = write_night(tmp_path / "m.parquet", {f"i{n}": "1" for n in range(9)})
+    with pytest.raises(Crash):
+        run_night(manifest, output, crash_after=1)
+    [record] = (tmp_path / "out" / "runs").glob("*/run.json")
+    old = json.loads(record.read_text())
+    del old["selection"], old["history"]
+    record.write_text(json.dumps(old))
+    [plan] = record.parent.glob("manifest-*/*.parquet")
+    parquet = pq.ParquetFile(plan)
+    groups = [parquet.read_row_group(i).drop_columns("__deleted") for i in range(parquet.num_row_groups)]
+    with pq.ParquetWriter(plan, groups[0].schema) as writer:
+        for group in groups:
+            writer.write_table(group)
+    summary = run_night(manifest, output)
+    assert (summary.state, summary.rows) == ("complete", 9)
+    assert not audit_output(output, deep=True).findings
