@@ -62,23 +62,23 @@ class Gather:
     def add(self, rows: pa.Table) -> list[WholeShard]:
         """Take one batch of result rows; give the shards it made whole."""
         shards = rows["shard"].to_numpy()
-        finished = []
-        for shard in np.unique(shards).tolist():
-            if shard in self._whole:
-                continue
-            part = rows.filter(pa.array(shards == shard))
-            if whole := self._add_part(shard, part):
-                finished.append(whole)
-        return finished
+        if len(shards) and (shards == shards[0]).all():  # nearly always: 350 -> 35 µs a batch of 16 (pyarrow 26)
+            parts = [(int(shards[0]), rows)]
+        else:
+            parts = [(shard, rows.filter(pa.array(shards == shard))) for shard in np.unique(shards).tolist()]
+        found = (self._add_part(shard, part) for shard, part in parts if shard not in self._whole)
+        return [whole for whole in found if whole]
 
     def _add_part(self, shard: int, part: pa.Table) -> WholeShard | None:
         entry = self._open.setdefault(shard, _OpenShard(np.zeros(self._shard_rows[shard], np.bool_)))
         numbers = part["row"].to_numpy()
-        first = np.zeros(len(numbers), np.bool_)
-        first[np.unique(numbers, return_index=True)[1]] = True
-        fresh = first & ~entry.seen[numbers]
+        fresh = ~entry.seen[numbers]
+        if not (np.diff(numbers) > 0).all():  # a row may come twice in one batch
+            first = np.zeros(len(numbers), np.bool_)
+            first[np.unique(numbers, return_index=True)[1]] = True
+            fresh &= first
         if fresh.any():
-            entry.parts.append(part.filter(pa.array(fresh)))
+            entry.parts.append(part if fresh.all() else part.filter(pa.array(fresh)))
             entry.seen[numbers] = True
         if not entry.seen.all():
             return None
