@@ -43,7 +43,7 @@ KNOWN_COLUMNS: Final = {
 }  # fmt: skip
 _MEANINGS: Final = {"BIGINT": "a whole number", "VARCHAR": "a string", "TIMESTAMPTZ": "a time"}
 _EXAMPLES: Final = 3
-_MEMORY: Final = "4GB"  # of DuckDB, which then goes on on disk; the process has about 1 GB more
+_MEMORY: Final = "3GB"  # of DuckDB, which then goes on on disk; the process has about 1 GB more
 _ELEMENT_BYTES: Final = 240  # of a path element; disks take 255
 _PATH_BYTES: Final = 700  # of all partitions together; S3's keys take 1,024, some of it for the output's own prefix
 

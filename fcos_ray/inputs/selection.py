@@ -107,7 +107,7 @@ def select_rows(
     scan = _scan(connection, history)
     compared = [name for name in _CONTENT if name in types]
     _look_up(connection, _CONTENT if settings.check_changed or settings.explain else compared, scan)
-    _classify(connection, compared)
+    _classify(connection, compared if scan else ())
     asked = _ask(connection, settings) if settings.check_changed and scan else _Asked()
     counts = dict.fromkeys(TAKEN_BY, 0)
     for name, count in connection.execute("SELECT class, count(*) FROM classes GROUP BY ALL").fetchall():
@@ -117,16 +117,18 @@ def select_rows(
         known = sum(counts.values()) - counts["new"]
         deleted = _find_deleted(connection, scan, keys, types, known=known, settings=settings)
     taken = [name for name, choices in TAKEN_BY.items() if set(choices) & set(settings.select)]
-    connection.execute(
-        "CREATE TABLE selected AS SELECT p.*, false AS deleted FROM planned p SEMI JOIN "
-        f"(SELECT number FROM classes WHERE class IN ({', '.join(map(literal, taken))})) USING (number)"
-    )
-    if deleted:
-        connection.execute("INSERT INTO selected BY NAME FROM gone")
     explanation = None
     if settings.explain is not None:
         explanation = explain(connection, settings.explain, history.run_ids, compared, taken)
-    connection.execute("DROP TABLE planned; ALTER TABLE selected RENAME TO planned")
+    if sum(counts[name] for name in taken) < sum(counts.values()):
+        connection.execute(
+            "CREATE TABLE selected AS SELECT p.* FROM planned p SEMI JOIN "
+            f"(SELECT number FROM classes WHERE class IN ({', '.join(map(literal, taken))})) USING (number); "
+            "DROP TABLE planned; ALTER TABLE selected RENAME TO planned"
+        )
+    connection.execute("ALTER TABLE planned ADD COLUMN deleted BOOLEAN DEFAULT false")
+    if deleted:
+        connection.execute("INSERT INTO planned BY NAME FROM gone")
     return Selection(
         manifest=sum(counts.values()),
         **counts,
