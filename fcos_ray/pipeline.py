@@ -31,6 +31,7 @@ from fcos_ray.inputs.fetch import FetchPolicy, fetch_many
 from fcos_ray.inputs.guard import GuardedDecoder
 from fcos_ray.inputs.pin import PinnedFile, read_shard
 from fcos_ray.layout import READ_CPUS, Layout
+from fcos_ray.model.sizes import shrinks
 from fcos_ray.outputs.schema import LOADED_SCHEMA, RESULT_SCHEMA
 from fcos_ray.roll import AtWork, Roll
 from fcos_ray.types import Content, Detections, Image
@@ -178,18 +179,72 @@ def _read(numbers: pa.Table, *, pinned_folder: str, files: Sequence[PinnedFile])
 
 
 def _load(rows: pa.Table, *, settings: LoadSettings, roll: Roll | None = None) -> Iterator[pa.Table]:
-    """Rows of (shard, row, uri, refused, deleted) -> tables of LOADED_SCHEMA, about _LOADED_BYTES of pixels each."""
-    waiting: list[dict[str, Any]] = []
-    waiting_bytes = 0
+    """Rows of (shard, row, uri, refused, deleted) -> tables of LOADED_SCHEMA, at most _LOADED_BYTES of pixels each."""
+    loaded = _Loaded()
     with _working(roll, "load", rows):
-        for row in _loaded_rows(rows.to_pylist(), settings):
-            waiting.append(row)
-            waiting_bytes += len(row.get("pixels") or b"")
-            if waiting_bytes > _LOADED_BYTES:
-                yield pa.Table.from_pylist(waiting, LOADED_SCHEMA)
-                waiting, waiting_bytes = [], 0
-        if waiting:
-            yield pa.Table.from_pylist(waiting, LOADED_SCHEMA)
+        for row in _loaded_rows(rows.to_pylist(), settings, loaded):
+            loaded.add(row)
+            yield from loaded.full()
+        yield from loaded.rest()
+
+
+class _Loaded:
+    """Loaded rows on their way into tables whose pixels lie in one buffer each.
+
+    What is copied of an image's pixels between the decoder and the device: the decoder's last step writes them into memory
+    shared with this process (inputs/guard.py); shrinking, or a plain copy, writes them into the table's buffer; Ray copies
+    that into its object store, once per node; the detector reads them there and converts them to floats.
+    """
+
+    def __init__(self) -> None:
+        self._tables: list[pa.Table] = []
+        self._begin(_LOADED_BYTES)
+
+    def _begin(self, num_bytes: int) -> None:
+        self._buffer = np.empty(num_bytes, np.uint8)  # pages that nothing is written to take no memory
+        self._ends = [0]
+        self._rows: list[dict[str, Any]] = []
+        self._valid: list[bool] = []
+        self._used = 0
+
+    def hold(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Copy the pixels of the next row into its table; another table begins where they do not fit."""
+        if self._used + pixels.nbytes > len(self._buffer):
+            self._cut()
+            self._begin(max(pixels.nbytes, _LOADED_BYTES))
+        held = self._buffer[self._used : self._used + pixels.nbytes].reshape(pixels.shape)
+        np.copyto(held, pixels)
+        self._used += pixels.nbytes
+        return held
+
+    def add(self, row: dict[str, Any]) -> None:
+        """The next row; with pixels if any were held since the one before."""
+        self._rows.append(row)
+        self._valid.append(self._used > self._ends[-1])
+        self._ends.append(self._used)
+
+    def full(self) -> Iterator[pa.Table]:
+        """The tables that are full."""
+        tables, self._tables = self._tables, []
+        yield from tables
+
+    def rest(self) -> Iterator[pa.Table]:
+        """All that is left."""
+        self._cut()
+        yield from self.full()
+
+    def _cut(self) -> None:
+        if not self._rows:
+            return
+        buffers = [
+            pa.array(self._valid, pa.bool_()).buffers()[1],
+            pa.array(self._ends, pa.int64()).buffers()[1],
+            pa.py_buffer(self._buffer[: self._used]),
+        ]
+        pixels = pa.Array.from_buffers(pa.large_binary(), len(self._rows), buffers)
+        place = LOADED_SCHEMA.get_field_index("pixels")
+        table = pa.Table.from_pylist(self._rows, LOADED_SCHEMA.remove(place))
+        self._tables.append(table.add_column(place, LOADED_SCHEMA.field(place), pixels))
 
 
 def _working(roll: Roll | None, stage: str, rows: pa.Table) -> AbstractContextManager[None]:
@@ -198,7 +253,8 @@ def _working(roll: Roll | None, stage: str, rows: pa.Table) -> AbstractContextMa
     return roll.working(stage, list(zip(rows["shard"].to_pylist(), rows["row"].to_pylist(), strict=True)))
 
 
-def _loaded_rows(rows: Sequence[dict[str, Any]], settings: LoadSettings) -> Iterator[dict[str, Any]]:
+def _loaded_rows(rows: Sequence[dict[str, Any]], settings: LoadSettings, loaded: _Loaded) -> Iterator[dict[str, Any]]:
+    """Rows of LOADED_SCHEMA without pixels, which `loaded` holds."""
     wanted = []
     for row in rows:
         if row["deleted"]:  # nothing to look at: what comes out says that the image is gone
@@ -212,35 +268,41 @@ def _loaded_rows(rows: Sequence[dict[str, Any]], settings: LoadSettings) -> Iter
         # Fetches overlap, so what counts is how long this task waited for the next one.
         fetched = _key(wanted[index]) | {"fetch_seconds": time.perf_counter() - started}
         if isinstance(content, Content):
-            yield fetched | _described(content) | _decoded(content.data, settings)
+            yield fetched | _described(content) | _decoded(content.data, settings, loaded)
         else:
             yield fetched | _failure(content)
         started = time.perf_counter()
 
 
-def _decoded(data: bytes, settings: LoadSettings) -> dict[str, Any]:
+def _decoded(data: bytes, settings: LoadSettings, loaded: _Loaded) -> dict[str, Any]:
     started = time.perf_counter()
+
+    def use(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return loaded.hold(pixels if settings.exact_resize else _shrunk(pixels, settings))
+
     try:
-        image = _decoder(settings).decode(data)
-        pixels = image.pixels
-        if not settings.exact_resize:
-            pixels = _shrink()(pixels, min_size=settings.min_size, max_size=settings.max_size)
+        image = _decoder(settings).decode(data, use=use)
     except ImageError as error:
         return _failure(error) | {"decode_seconds": time.perf_counter() - started}
     return {
         "width": image.width,
         "height": image.height,
         "orientation": image.orientation,
-        "pixels": pixels.tobytes(),
-        "pixel_height": pixels.shape[0],
-        "pixel_width": pixels.shape[1],
+        "pixel_height": image.pixels.shape[0],
+        "pixel_width": image.pixels.shape[1],
         "decode_seconds": time.perf_counter() - started,
     }
 
 
+def _shrunk(pixels: NDArray[np.uint8], settings: LoadSettings) -> NDArray[np.uint8]:
+    """The image at the model's size where torchvision would shrink it, else as it is."""
+    size = {"min_size": settings.min_size, "max_size": settings.max_size}
+    return _shrink()(pixels, **size) if shrinks(*pixels.shape[:2], **size) else pixels
+
+
 @functools.cache
 def _shrink() -> Callable[..., NDArray[np.uint8]]:
-    """model.batches.shrink; its torch costs 2 s, which only a worker that has pixels pays.
+    """model.batches.shrink; its torch costs 2 s, which only a worker pays that has something to shrink.
 
     Imported beside the main thread: a cancelled task is interrupted there, and the half of torch that an interrupted import
     leaves behind fails every later task of the worker (Ray 2.60, torch 2.14).

@@ -53,6 +53,8 @@ from PIL.ImageFile import ImageFile
 from fcos_ray.errors import DecodeError
 from fcos_ray.types import Image
 
+Empty = Callable[[tuple[int, int, int]], NDArray[np.uint8]]  # (height, width, 3) -> an uninitialised array
+
 # The number Pillow itself refuses at, above 108-Mpx phones and 151-Mpx camera backs. Peak bytes a pixel (Pillow 13): JPEG
 # 11, CMYK 13; PNG, GIF, TIFF 9; 32-bit TIFF 14; WEBP 18. So all but the largest of the rare ones fit the guard's 2 GiB.
 MAX_PIXELS: Final = 178_956_970
@@ -80,17 +82,18 @@ _BITS_TAG: Final = 0x0102
 _STRIP_PIXELS: Final = 2**20  # converting in strips needs 3 bytes a pixel beside the decoded image instead of 10
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, empty: Empty | None = None) -> Image:
     """Decode the first frame of a JPEG, PNG, WEBP, GIF, BMP or TIFF file.
 
-    Pixels are (H, W, 3) uint8, C-contiguous, after EXIF orientation; height and width are theirs.
+    Pixels are (H, W, 3) uint8, C-contiguous, after EXIF orientation; height and width are theirs. `empty` gives the
+    array they are written to where that saves a copy (default: one of their own).
     Raises DecodeError (empty, unknown_format, too_many_pixels, corrupt) and MemoryError. Threads may call it.
     """
     if not data:
         raise DecodeError("empty", "0 bytes")
     with _pillow_does_not_warn():
         try:
-            return _read(_open(data, max_pixels))
+            return _read(_open(data, max_pixels), empty or _own)
         except DecompressionBombError as error:  # GIF and WEBP check their canvas against Pillow's own limit
             raise DecodeError("too_many_pixels", str(error)) from error
         except _DAMAGED as error:
@@ -160,7 +163,11 @@ def _check_size(picture: ImageFile, max_pixels: int) -> None:
         raise DecodeError("too_many_pixels", f"{width} x {height} pixels, max_pixels is {max_pixels}")
 
 
-def _read(picture: PIL.Image.Image) -> Image:
+def _own(shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    return np.empty(shape, dtype=np.uint8)
+
+
+def _read(picture: PIL.Image.Image, empty: Empty) -> Image:
     """Pixels first, EXIF after: the other way round a damaged file may give pixels. TIFF turns itself while loading."""
     if picture.format == "TIFF":
         orientation = _orientation(picture)
@@ -170,7 +177,7 @@ def _read(picture: PIL.Image.Image) -> Image:
         orientation = _orientation(picture)
         if orientation != 1:
             picture = picture.transpose(_TRANSPOSE[orientation])  # and lets go of the other
-    pixels = rgb_pixels(picture)
+    pixels = rgb_pixels(picture, empty)
     height, width = pixels.shape[:2]
     return Image(pixels, height=height, width=width, orientation=orientation)
 
@@ -186,7 +193,7 @@ def _orientation(
     return value if isinstance(value, int) and value in _TRANSPOSE else 1
 
 
-def rgb_pixels(picture: PIL.Image.Image) -> NDArray[np.uint8]:
+def rgb_pixels(picture: PIL.Image.Image, empty: Empty = _own) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 of a loaded picture, by the table above."""
     if picture.mode.startswith("I;16"):
         tags: Any = getattr(picture, "tag_v2", {})
@@ -197,7 +204,7 @@ def rgb_pixels(picture: PIL.Image.Image) -> NDArray[np.uint8]:
     if picture.mode == "F":
         return _grey(_from_floats(np.array(picture)))
     width, height = picture.size
-    pixels = np.empty((height, width, 3), dtype=np.uint8)
+    pixels = empty((height, width, 3))
     rows = max(1, _STRIP_PIXELS // width)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)

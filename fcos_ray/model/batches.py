@@ -1,4 +1,4 @@
-"""Sizes and micro-batches: what torchvision would resize and pad an image to. Knows pixels, not models or devices."""
+"""Batches: images at the model's size, in groups that may share a forward pass. Knows pixels, not models or devices."""
 
 from __future__ import annotations
 
@@ -8,34 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fcos_ray.errors import DetectError
-
-Shape = tuple[int, int]  # height, width
-
-SIZE_DIVISIBLE = 32  # GeneralizedRCNNTransform's default, which FCOS keeps
-
-
-def resized_shape(height: int, width: int, *, min_size: int, max_size: int) -> Shape:
-    """The (height, width) torchvision's GeneralizedRCNNTransform resizes an image to.
-
-    Raises DetectError `image_too_thin` where a side becomes zero; torchvision raises there too.
-    """
-    # Python floats, multiplied and cut by int(): torchvision 0.29 `_resize_image_and_masks` and `interpolate` with
-    # recompute_scale_factor. float32 stands there for scripting and tracing only.
-    scale = _scale(height, width, min_size, max_size)
-    shape = int(height * scale), int(width * scale)
-    if min(shape) < 1:
-        raise DetectError(
-            "image_too_thin",
-            f"{height}×{width} (height × width) would be resized to {shape[0]}×{shape[1]} pixels",
-        )
-    return shape
-
-
-def padded_shape(height: int, width: int, *, min_size: int, max_size: int) -> Shape:
-    """The (height, width) torchvision pads an image to when it comes alone. Raises DetectError `image_too_thin`."""
-    resized = resized_shape(height, width, min_size=min_size, max_size=max_size)
-    return _round_up(resized[0]), _round_up(resized[1])
+from fcos_ray.model.sizes import Shape, resized_shape, shrinks
 
 
 def shrink(pixels: NDArray[np.uint8], *, min_size: int, max_size: int) -> NDArray[np.uint8]:
@@ -46,9 +19,9 @@ def shrink(pixels: NDArray[np.uint8], *, min_size: int, max_size: int) -> NDArra
     Raises DetectError `image_too_thin`.
     """
     height, width = pixels.shape[:2]
-    shape = resized_shape(height, width, min_size=min_size, max_size=max_size)
-    if _scale(height, width, min_size, max_size) >= 1:
+    if not shrinks(height, width, min_size=min_size, max_size=max_size):
         return pixels
+    shape = resized_shape(height, width, min_size=min_size, max_size=max_size)
     if not pixels.flags.writeable:
         pixels = pixels.copy()  # torch warns about memory it must not write to, and has no read-only tensors
     # (1, H, W, 3) seen as channels_last takes the vectorised uint8 path and comes out in the same layout:
@@ -74,11 +47,3 @@ def micro_batches(
         limit = min(max_images, (lowered or {}).get(shape, max_images))
         plan += [indices[start : start + limit] for start in range(0, len(indices), limit)]
     return plan
-
-
-def _scale(height: int, width: int, min_size: int, max_size: int) -> float:
-    return min(min_size / min(height, width), max_size / max(height, width))
-
-
-def _round_up(side: int) -> int:
-    return -(-side // SIZE_DIVISIBLE) * SIZE_DIVISIBLE

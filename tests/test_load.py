@@ -1,0 +1,113 @@
+"""The load stage without Ray: rows in, tables of pixels out, and no copy more than it says."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fcos_ray import pipeline
+from fcos_ray.inputs.decode import decode
+from fcos_ray.inputs.fetch import FetchPolicy
+from fcos_ray.model.batches import shrink
+from fcos_ray.outputs.schema import LOADED_SCHEMA
+from fcos_ray.pipeline import LoadSettings, _image, _load, _Loaded
+
+
+def load_settings(folder: Path, **changed: Any) -> LoadSettings:
+    return LoadSettings(
+        **{
+            "fetch": FetchPolicy(allow_roots=(str(folder),), concurrency=1),
+            "max_pixels": 10**8, "decode_deadline_seconds": 60, "decode_memory_bytes": 2**31,
+            "min_size": 96, "max_size": 160, "exact_resize": False,
+        }
+        | changed
+    )  # fmt: skip
+
+
+def rows_of(*uris: Path | str | None, deleted: bool = False) -> pa.Table:
+    """As read gives them; None is a uri that was refused."""
+    num = len(uris)
+    return pa.table(
+        {
+            "shard": pa.repeat(pa.scalar(3, pa.int32()), num),
+            "row": pa.array(range(num), pa.int32()),
+            "uri": [str(uri) for uri in uris],
+            "refused": pa.array(["no" if uri is None else None for uri in uris], pa.string()),
+            "deleted": pa.repeat(deleted, num),
+        }
+    )
+
+
+def draw(path: Path, height: int, width: int) -> Path:
+    pixels = np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_each_row_comes_out_with_its_pixels_or_its_error(tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    good, large = draw(tmp_path / "good.png", 40, 60), draw(tmp_path / "large.png", 300, 200)
+    rows = rows_of(good, tmp_path / "broken.jpg", None, large, good, tmp_path / "missing.jpg")
+    [table] = _load(rows, settings=load_settings(tmp_path))
+    assert table.schema == LOADED_SCHEMA
+    table = table.sort_by("row")
+    codes = table["error_code"].to_pylist()
+    assert codes == [None, codes[1], "uri_refused", None, None, "not_found"]
+    assert table["pixels"].is_valid().to_pylist() == [code is None for code in codes]
+    assert (_image(table, 0).pixels == decode(good.read_bytes()).pixels).all()
+    assert (_image(table, 3).pixels == shrink(decode(large.read_bytes()).pixels, min_size=96, max_size=160)).all()
+    assert (table["height"][3].as_py(), table["width"][3].as_py()) == (300, 200)
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(1, 30)), max_size=20))
+@settings(deadline=None)
+def test_tables_are_cut_by_bytes_and_lose_nothing(sizes: list[int | None]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_LOADED_BYTES", 60)
+        loaded, tables = _Loaded(), []
+        for row, size in enumerate(sizes):
+            shape = {}
+            if size is not None:
+                loaded.hold(np.full((1, size, 3), row, np.uint8))
+                shape = {"pixel_height": 1, "pixel_width": size}
+            loaded.add({"shard": 0, "row": row, **shape})
+            tables += loaded.full()
+        tables += loaded.rest()
+    for table in tables:
+        table.validate(full=True)
+        held = [len(pixels) for pixels in table["pixels"].to_pylist() if pixels is not None]
+        assert sum(held) <= 60 or len(held) == 1, "one image may be larger than a table"
+    rows = [row for table in tables for row in table.to_pylist()]
+    assert [row["row"] for row in rows] == list(range(len(sizes)))
+    assert [row["pixels"] for row in rows] == [
+        None if size is None else bytes([row]) * size * 3 for row, size in enumerate(sizes)
+    ]
+
+
+@pytest.mark.parametrize("exact_resize", [True, False])
+def test_pixels_are_copied_once_on_their_way_into_a_table(tmp_path: Path, exact_resize: bool) -> None:
+    """What Python, numpy and Arrow allocate while images pass is the table's buffer, and little else."""
+    image = tmp_path / "image.png"
+    PIL.Image.new("RGB", (1500, 2000)).save(image)  # 9 MB of pixels each, in a file of a few kB
+    options = load_settings(tmp_path, exact_resize=exact_resize, min_size=1000, max_size=2000)
+    list(_load(rows_of(image), settings=options))  # the child and torch are there now
+    arrow = pa.default_memory_pool()
+    arrow_before = arrow.max_memory()
+    tracemalloc.start()
+    try:
+        [table] = _load(rows_of(image, image, image), settings=options)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    pixels = table["pixels"].nbytes
+    assert pixels >= 3 * (9_000_000 if exact_resize else 3_000_000)
+    assert peak < pipeline._LOADED_BYTES + 2_000_000
+    assert arrow.max_memory() - arrow_before < 1_000_000
