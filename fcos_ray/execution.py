@@ -128,8 +128,8 @@ class Execution:
         target = self._run.target
         while True:
             try:
-                self._require_open()
                 committed = list_committed(target.output, target.run_id)
+                self._require_open()
             except StorageError as error:
                 asked += 1
                 if asked == self._settings.max_rounds:
