@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BoxLinearCoder
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, nms
 
 _CODER = BoxLinearCoder(normalize_by_size=True)
 
@@ -49,8 +50,7 @@ def postprocess(
     torchvision scores every (anchor, class), 2 million at 800×1333. Here the few that can pass are picked by their logit
     first, for the whole micro-batch at once, and only they are scored.
     """
-    found_logit = outputs.cls_logits > logit_below(score_threshold)
-    image, anchor, label = found_logit.nonzero(as_tuple=True)  # ascending: torchvision's order within each level
+    image, anchor, label = _candidates(outputs, score_threshold)
     score = torch.sqrt(
         torch.sigmoid(outputs.cls_logits[image, anchor, label]) * torch.sigmoid(outputs.bbox_ctrness[image, anchor, 0])
     )
@@ -62,22 +62,33 @@ def postprocess(
     found = []
     counts = torch.bincount(image, minlength=len(image_shapes)).tolist()
     parts = (torch.split(part, counts) for part in (boxes, score, label))
-    for b, s, k in zip(*parts, strict=True):
-        best = batched_nms(b, s, k, nms_threshold)[
-            :max_detections
-        ]  # per image: its coordinate trick must not see others
+    for b, s, k in zip(*parts, strict=True):  # per image: NMS must not see others
+        best = _nms(b, s, k, nms_threshold)[:max_detections]
         found.append(Found(b[best], k[best], s[best]))
     return found
 
 
-def logit_below(score_threshold: float) -> float:
-    """A classification logit that every score above the threshold exceeds.
+def _candidates(outputs: HeadOutputs, score_threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(image, anchor, label) of all that can pass, ascending: torchvision's order within each level.
 
-    √(σ(cls)·σ(ctr)) > t implies σ(cls) > t², since σ(ctr) ≤ 1. 1e-5 is far more than float32 loses on the way, and
-    keeps the logit finite at t = 1. Where t² comes near float32's denormals nothing is left out.
+    An anchor's best class first: 18,000 numbers to look at instead of 1.6 million (nonzero: 2.7 ms of one core).
     """
-    probability = score_threshold**2 * (1 - 1e-5)
-    return math.log(probability / (1 - probability)) if probability > 1e-30 else -math.inf
+    least = logits_below(score_threshold, outputs.bbox_ctrness[..., 0])
+    image, anchor = (outputs.cls_logits.amax(2) > least).nonzero(as_tuple=True)
+    place, label = (outputs.cls_logits[image, anchor] > least[image, anchor, None]).nonzero(as_tuple=True)
+    return image[place], anchor[place], label
+
+
+def logits_below(score_threshold: float, ctrness: Tensor) -> Tensor:
+    """For each centre-ness logit a classification logit that every score above the threshold exceeds.
+
+    √(σ(cls)·σ(ctr)) > t is σ(cls) > t² / σ(ctr). 1e-5 is far more than float32 loses on the way. Where t² comes near
+    float32's denormals nothing is left out.
+    """
+    probability = score_threshold**2 * (1 - 1e-5) / torch.sigmoid(ctrness)
+    if score_threshold**2 <= 1e-30:
+        return torch.full_like(ctrness, -math.inf)
+    return torch.logit(probability.clamp(max=1.0))  # above 1: +inf, for nothing passes there
 
 
 def _best_per_level(
@@ -95,6 +106,19 @@ def _best_per_level(
         # topk also where nothing is cut: it decides the order of equal scores, and so which of them NMS keeps
         best.append(indices[score[indices].topk(min(topk_candidates, len(indices))).indices])
     return torch.cat(best)
+
+
+def _nms(boxes: Tensor, scores: Tensor, labels: Tensor, nms_threshold: float) -> Tensor:
+    """torchvision's batched_nms. It looks for each class's boxes among all; here they are sorted by class once."""
+    if boxes.numel() <= (4000 if boxes.device.type == "cpu" else 20_000):
+        # torchvision 0.29 tells classes apart by shifting boxes then, which rounds them: so it is done here
+        return cast("Tensor", batched_nms(boxes, scores, labels, nms_threshold))
+    by_label = labels.sort(stable=True).indices
+    counts = torch.bincount(labels)
+    sizes = counts[counts > 0].tolist()
+    parts = (torch.split(part, sizes) for part in (by_label, boxes[by_label], scores[by_label]))
+    kept = torch.cat([places[nms(b, s, nms_threshold)] for places, b, s in zip(*parts, strict=True)]).sort().values
+    return kept[scores[kept].sort(descending=True).indices]  # not stable: the order of equal scores is torchvision's
 
 
 def _clip(boxes: Tensor, shapes: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-from fcos_ray.model.postprocess import Found, HeadOutputs, logit_below, postprocess
+from fcos_ray.model.postprocess import Found, HeadOutputs, logits_below, postprocess
 
 GRIDS = [(20, 26), (10, 13), (5, 7), (3, 4), (2, 2)]
 SHAPES = [(160, 208), (150, 201), (133, 180)]
@@ -93,18 +93,22 @@ def test_nothing_scores_above_one_and_nothing_passes_when_all_logits_are_low() -
     assert assert_equal(*both(head_outputs(5, bias=-60.0))) == 0
 
 
-def test_scores_at_the_threshold_survive_the_test_on_logits() -> None:
-    """With centre-ness at one, σ(cls) = t² is the very edge: the logit test alone must never drop what the score keeps."""
+@pytest.mark.parametrize("ctrness", [80.0, 3.0, 0.0, -2.0, -12.0])
+def test_scores_at_the_threshold_survive_the_test_on_logits(ctrness: float) -> None:
+    """At the very edge, σ(cls) = t² / σ(ctr), the logit test alone must never drop what the score keeps."""
+    centre = torch.tensor(ctrness, dtype=torch.float64)
     for threshold in (1e-18, 1e-6, 0.05, 0.2, 0.5, 0.9, 0.999, 0.99999):
-        edge = 2 * torch.tensor(threshold, dtype=torch.float64).log() - torch.log1p(
-            -(torch.tensor(threshold, dtype=torch.float64) ** 2)
-        )
-        logits = (edge + torch.linspace(-1e-3, 1e-3, 20001, dtype=torch.float64) * max(1.0, abs(float(edge)))).float()
-        scores = torch.sqrt(torch.sigmoid(logits) * torch.sigmoid(torch.tensor(80.0)))
+        edge = float(torch.logit(threshold**2 / torch.sigmoid(centre)))
+        least = logits_below(threshold, centre.float())
+        if threshold**2 >= torch.sigmoid(centre):  # nothing can pass
+            assert not (torch.sqrt(torch.sigmoid(centre.float())) > threshold) or least < 30
+            continue
+        logits = (edge + torch.linspace(-1e-3, 1e-3, 20001, dtype=torch.float64) * max(1.0, abs(edge))).float()
+        scores = torch.sqrt(torch.sigmoid(logits) * torch.sigmoid(centre.float()))
         passing = scores > threshold
         assert passing.any()
         assert not passing.all()
-        assert (logits[passing] > logit_below(threshold)).all()
+        assert (logits[passing] > least).all()
 
 
 def test_an_image_does_not_see_its_neighbours() -> None:
