@@ -17,7 +17,7 @@ ROOMS = ("inputs", "model", "outputs", "storage")
 AT_HOME = {  # library: where it may be imported
     "torch": ("model", "training"),
     "torchvision": ("model", "training"),
-    "PIL": ("inputs.decode", "sample", "analysis.contact_sheet"),
+    "PIL": ("inputs.decode", "sample", "analysis.contact_sheet", "benchmark.photographs"),
     "duckdb": (
         "analysis",
         "inputs.explain",
@@ -31,7 +31,7 @@ AT_HOME = {  # library: where it may be imported
         "inputs.selection",
         "outputs.index",
     ),
-    "ray": ("pipeline", "roll", "execution", "session", "job", "analysis.rows"),
+    "ray": ("pipeline", "roll", "execution", "session", "job", "analysis.rows", "benchmark.stages"),
     "aiohttp": ("storage.retries", "inputs.http"),
     "fsspec": ("storage", "inputs.fetch"),
     "pydantic": ("settings", "config", "training.config"),

@@ -1,0 +1,6 @@
+"""Benchmark: what a cluster will do with a job, stage by stage.
+
+photographs.py  draws JPEGs that cost what photographs cost
+stages.py       each stage alone, in seconds per image; detectors alone, in images per second
+verdict.py      what limits a job, in words
+"""

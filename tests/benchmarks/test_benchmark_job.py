@@ -1,0 +1,103 @@
+"""jobs/benchmark.py: what it draws, what it says, and the whole of it on a little Ray."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pyarrow.parquet as pq
+import pytest
+
+from fcos_ray.benchmark.photographs import draw_jpeg, parse_size, write_photographs
+from fcos_ray.benchmark.stages import NullDetector, mean_fill
+from fcos_ray.benchmark.verdict import Capacity, bottleneck, load_capacity
+from fcos_ray.errors import ConfigError
+from fcos_ray.layout import Layout
+from fcos_ray.types import Detections, Image
+
+JOB = Path(__file__).parents[2] / "jobs" / "benchmark.py"
+
+
+def test_a_photograph_is_as_large_as_photographs_are_and_the_same_each_time() -> None:
+    data = draw_jpeg(640, 480, seed=1)
+    assert PIL.Image.open(io.BytesIO(data)).size == (640, 480)
+    assert 80_000 < len(data) < 160_000
+    assert data == draw_jpeg(640, 480, seed=1) != draw_jpeg(640, 480, seed=2)
+
+
+@pytest.mark.parametrize("text", ["", "640", "640x", "0x480", "99999x5", "640×480", "Mixed"])
+def test_a_size_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--image-size wanted <width>x<height>"):
+        parse_size(text)
+
+
+def test_the_manifest_says_each_images_size_or_nothing(tmp_path: Path) -> None:
+    drawn = write_photographs(str(tmp_path / "a"), [(40, 30), (30, 40)], num_images=9)
+    rows = pq.read_table(drawn.manifest).to_pylist()
+    assert {(row["width"], row["height"]) for row in rows} == {(40, 30), (30, 40)}
+    assert all(PIL.Image.open(row["uri"]).size == (row["width"], row["height"]) for row in rows)
+    drawn = write_photographs(str(tmp_path / "b"), [(40, 30)], num_images=2, with_sizes=False)
+    assert pq.read_schema(drawn.manifest).names == ["image_id", "uri"]
+    with pytest.raises(ConfigError, match="is not empty"):
+        write_photographs(str(tmp_path / "b"), [(40, 30)], num_images=2)
+
+
+def test_fill_is_the_mean_of_the_micro_batches() -> None:
+    """Micro-batches of 4, 4 and 1 images under a cap of 4."""
+    detector = NullDetector(min_size=32, max_size=64, max_micro_batch=4)
+    image, other = (Image(np.zeros((h, w, 3), np.uint8), height=h, width=w) for h, w in ((32, 32), (32, 64)))
+    answers = detector.detect([image, other, *[image] * 7])
+    sizes = [float(answer.boxes[0, 2]) for answer in answers if isinstance(answer, Detections)]
+    assert sizes == [4, 1, 4, 4, 4, 4, 4, 4, 4]
+    assert mean_fill(sizes, max_micro_batch=4) == pytest.approx((4 + 4 + 1) / 3 / 4)
+
+
+GPUS = Layout("cuda", 2, 0.5, 1.0, None, 1.0, 6, 64)
+CPUS = Layout("cpu", 2, 0.7, 0.0, 1, 0.25, 2, 64)
+
+
+@pytest.mark.parametrize(
+    ("layout", "load_seconds", "detectors", "job", "words"),
+    [
+        (GPUS, 0.01, 100.0, 90.0, r"^detect: load could feed 6\.0 times as many .* ran at 90% of the detectors alone"),
+        (
+            GPUS,
+            0.1,
+            100.0,
+            55.0,
+            r"^load: each detector wants 5 load CPUs and has 3\.0: give 2\.0 more CPUs per detector",
+        ),
+        (CPUS, 0.01, 2.0, None, r"^detect: detectors are on CPUs, 1\.00 images/s each; loading takes 1\.0% of a core"),
+    ],
+)
+def test_what_limits_a_job_is_said_with_what_to_change(
+    layout: Layout, load_seconds: float, detectors: float, job: float | None, words: str
+) -> None:
+    capacity = Capacity(detectors, load_capacity(load_seconds, layout), job)
+    assert re.search(words, bottleneck(capacity, load_seconds, layout))
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(400)
+def test_the_job_measures_every_stage_and_the_whole() -> None:
+    command = [sys.executable, str(JOB), "--image-size", "160x120", "--images", "40", "--weights", "sample"]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=380)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert min(found["stages"].values()) >= 0
+    assert found["stages"]["load"] > found["stages"]["decode"] > 0
+    rates = found["images_per_second"]
+    assert found["efficiency"] == pytest.approx(rates["whole job, steady"] / rates["detectors alone"])
+    assert found["bottleneck"] in " ".join(done.stderr.split())
+
+
+def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
+    command = [sys.executable, str(JOB), "--images", "3", "--weights", "sample", "--folder", str(tmp_path)]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr.strip()) == (2, "error: --images wanted at least 20, got 3")
