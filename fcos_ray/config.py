@@ -111,6 +111,10 @@ class JobConfig(Settings):
         False,
         description="Ship full-size pixels to the detector instead of shrinking on the CPU workers (slower, exact)",
     )
+    fast_decode: CliSuppress[bool] = Field(
+        False,
+        description="Decode large JPEGs at 1/2, 1/4 or 1/8, never below the model's size: faster, and a little off",
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32",
         description="Arithmetic of the model, for the whole output; a node that cannot do it natively is an error",
@@ -183,6 +187,14 @@ class JobConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _resizing_is_one_way(self) -> JobConfig:
+        if self.exact_resize and self.fast_decode:
+            raise ValueError(
+                "exact_resize wants every pixel, and fast_decode leaves most of them out; give one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _columns_have_one_name(self) -> JobConfig:
         named = {"uri_column": self.uri_column, "image_id_column": self.image_id_column}
         for setting, column in named.items():
@@ -215,7 +227,9 @@ class JobConfig(Settings):
 
     def labelling_settings(self) -> dict[str, Any]:
         """The settings that change a result, as JSON values."""
-        return self.model_dump(mode="json", include=set(LABELLING_SETTINGS))
+        # Only where it is on: outputs of before it was a setting go on as they are.
+        fast = {"fast_decode": True} if self.fast_decode else {}
+        return self.model_dump(mode="json", include=set(LABELLING_SETTINGS)) | fast
 
     def request_settings(self) -> dict[str, Any]:
         """The settings that make a request, as JSON values; however a column was renamed, it is one request."""

@@ -322,8 +322,8 @@ class _Job:
         )
 
     def _fcos(self, layout: Layout) -> MakeDetector:
-        settings = {name: value for name, value in self.request.labelling["settings"].items() if name != "exact_resize"}
-        options = settings | {
+        loads = ("exact_resize", "fast_decode")
+        options = {name: value for name, value in self.request.labelling["settings"].items() if name not in loads} | {
             "device": layout.device,
             "num_threads": layout.detector_threads,
             "max_micro_batch": self.config.max_micro_batch,
@@ -341,6 +341,7 @@ class _Job:
             min_size=self._input["min_size"],
             max_size=self._input["max_size"],
             exact_resize=config.exact_resize,
+            fast_decode=config.fast_decode,
         )
 
     def summary_of_finished(self, run_id: str, started: float) -> RunSummary:

@@ -31,9 +31,9 @@ from fcos_ray.inputs.fetch import FetchPolicy, fetch_many
 from fcos_ray.inputs.guard import GuardedDecoder
 from fcos_ray.inputs.pin import PinnedFile, read_shard
 from fcos_ray.layout import READ_CPUS, Layout
-from fcos_ray.model.sizes import shrinks
 from fcos_ray.outputs.schema import LOADED_SCHEMA, RESULT_SCHEMA
 from fcos_ray.roll import AtWork, Roll
+from fcos_ray.sizes import resized_shape
 from fcos_ray.types import Content, Detections, Image
 
 # Pixels per table that load hands on. Ray cuts and merges blocks at 128 MiB; half of it keeps two in hand cheap.
@@ -65,6 +65,7 @@ class LoadSettings:
     min_size: int
     max_size: int
     exact_resize: bool
+    fast_decode: bool = False
     decoder: str = "fcos_ray.inputs.decode:decode"  # module:function
 
 
@@ -277,8 +278,8 @@ def _loaded_rows(rows: Sequence[dict[str, Any]], settings: LoadSettings, loaded:
 def _decoded(data: bytes, settings: LoadSettings, loaded: _Loaded) -> dict[str, Any]:
     started = time.perf_counter()
 
-    def use(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        return loaded.hold(pixels if settings.exact_resize else _shrunk(pixels, settings))
+    def use(image: Image) -> NDArray[np.uint8]:
+        return loaded.hold(image.pixels if settings.exact_resize else _shrunk(image, settings))
 
     try:
         image = _decoder(settings).decode(data, use=use)
@@ -294,15 +295,15 @@ def _decoded(data: bytes, settings: LoadSettings, loaded: _Loaded) -> dict[str, 
     }
 
 
-def _shrunk(pixels: NDArray[np.uint8], settings: LoadSettings) -> NDArray[np.uint8]:
-    """The image at the model's size where torchvision would shrink it, else as it is."""
-    size = {"min_size": settings.min_size, "max_size": settings.max_size}
-    return _shrink()(pixels, **size) if shrinks(*pixels.shape[:2], **size) else pixels
+def _shrunk(image: Image, settings: LoadSettings) -> NDArray[np.uint8]:
+    """The pixels at the model's size where torchvision would shrink them, else as they are."""
+    shape = resized_shape(image.height, image.width, min_size=settings.min_size, max_size=settings.max_size)
+    return image.pixels if shape[0] >= image.pixels.shape[0] else _shrink_to()(image.pixels, shape)
 
 
 @functools.cache
-def _shrink() -> Callable[..., NDArray[np.uint8]]:
-    """model.batches.shrink; its torch costs 2 s, which only a worker pays that has something to shrink.
+def _shrink_to() -> Callable[..., NDArray[np.uint8]]:
+    """model.batches.shrink_to; its torch costs 2 s, which only a worker pays that has something to shrink.
 
     Imported beside the main thread: a cancelled task is interrupted there, and the half of torch that an interrupted import
     leaves behind fails every later task of the worker (Ray 2.60, torch 2.14).
@@ -311,8 +312,8 @@ def _shrink() -> Callable[..., NDArray[np.uint8]]:
     thread = threading.Thread(target=importlib.import_module, args=(module,))
     thread.start()
     thread.join()
-    shrink: Callable[..., NDArray[np.uint8]] = importlib.import_module(module).shrink
-    return shrink
+    shrink_to: Callable[..., NDArray[np.uint8]] = importlib.import_module(module).shrink_to
+    return shrink_to
 
 
 @functools.lru_cache(maxsize=1)
@@ -322,6 +323,7 @@ def _decoder(settings: LoadSettings) -> GuardedDecoder:
         max_pixels=settings.max_pixels,
         deadline_seconds=settings.decode_deadline_seconds,
         memory_bytes=settings.decode_memory_bytes,
+        model_size=(settings.min_size, settings.max_size) if settings.fast_decode else None,
         decoder=settings.decoder,
     )
 

@@ -21,7 +21,7 @@ HIDDEN = [
     if any(type(m) is type(CliSuppress[int].__metadata__[0]) for m in field.metadata)  # type: ignore[attr-defined]
 ]
 VALUES: dict[str, tuple[str, Any]] = {  # hidden setting: as a flag, as a value
-    "allow_private_hosts": ("", True),
+    "allow_private_hosts": ("", True), "fast_decode": ("", True),
     "max_files": ("5", 5), "image_mean": ("0,0.5,1", (0, 0.5, 1)), "image_std": ("[1,1,1]", (1, 1, 1)),
     "topk_candidates": ("9", 9), "max_micro_batch": ("3", 3),
     "fetch_timeout_seconds": ("1.5", 1.5), "fetch_deadline_seconds": ("2", 2.0), "fetch_max_attempts": ("1", 1),
@@ -246,3 +246,16 @@ def test_the_order_of_a_selection_is_no_other_request() -> None:
     one, other = (load_config([*NEEDED, "--select", text]) for text in ("new,failed", "failed,new,failed"))
     assert one.request_settings() == other.request_settings()
     assert one.request_settings() != load_config(NEEDED).request_settings()
+
+
+def test_every_pixel_and_a_part_of_them_contradict() -> None:
+    with pytest.raises(ConfigError, match="exact_resize wants every pixel, and fast_decode leaves most of them out"):
+        JobConfig(manifest=["m.csv"], output="out", exact_resize=True, fast_decode=True)
+
+
+def test_a_labelling_of_before_fast_decoding_is_the_same_without_it() -> None:
+    plain = JobConfig(manifest=["m.csv"], output="out").labelling_settings()
+    assert "fast_decode" not in plain
+    assert JobConfig(manifest=["m.csv"], output="out", fast_decode=True).labelling_settings() == plain | {
+        "fast_decode": True
+    }

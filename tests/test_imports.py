@@ -12,7 +12,7 @@ MODULES = {
     ".".join(["fcos_ray", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-BASE = ("fcos_ray.errors", "fcos_ray.types", "fcos_ray.storage")
+BASE = ("fcos_ray.errors", "fcos_ray.types", "fcos_ray.sizes", "fcos_ray.storage")
 ROOMS = ("inputs", "model", "outputs", "storage")
 AT_HOME = {  # library: where it may be imported
     "torch": ("model", "training"),

@@ -111,3 +111,19 @@ def test_pixels_are_copied_once_on_their_way_into_a_table(tmp_path: Path, exact_
     assert pixels >= 3 * (9_000_000 if exact_resize else 3_000_000)
     assert peak < pipeline._LOADED_BYTES + 2_000_000
     assert arrow.max_memory() - arrow_before < 1_000_000
+
+
+def test_fast_decoding_hands_on_the_models_size_and_remembers_the_whole_images(tmp_path: Path) -> None:
+    soft = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    PIL.Image.fromarray(soft).resize((1003, 641), PIL.Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
+    PIL.Image.new("RGB", (2000, 3)).save(tmp_path / "thin.jpg")
+    rows = rows_of(tmp_path / "a.jpg", tmp_path / "thin.jpg")
+    [exact], [fast] = (
+        list(_load(rows, settings=load_settings(tmp_path, fast_decode=fast_decode))) for fast_decode in (False, True)
+    )
+    assert fast.drop_columns(["pixels", "decode_seconds", "fetch_seconds"]) == exact.drop_columns(
+        ["pixels", "decode_seconds", "fetch_seconds"]
+    )
+    assert fast["error_code"].to_pylist() == [None, "image_too_thin"]
+    ours, wanted = (_image(table, 0).pixels.astype(int) for table in (fast, exact))
+    assert 0 < np.abs(ours - wanted).mean() < 2.0, "near, and not by decoding whole all the same"

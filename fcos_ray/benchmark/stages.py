@@ -19,11 +19,11 @@ from fcos_ray.inputs.guard import GuardedDecoder
 from fcos_ray.layout import Layout
 from fcos_ray.model.batches import micro_batches, shrink
 from fcos_ray.model.detector import Detector
-from fcos_ray.model.sizes import padded_shape, shrinks
 from fcos_ray.outputs.commit import ShardTarget, build_shard
 from fcos_ray.outputs.gather import Gather
 from fcos_ray.outputs.schema import RESULT_SCHEMA
 from fcos_ray.pipeline import LoadSettings, MakeDetector, _load
+from fcos_ray.sizes import padded_shape, shrinks
 from fcos_ray.types import Content, Detections, Image
 
 _ROUNDS: Final = 3  # the median of so many; the first call of all is not counted
@@ -88,8 +88,8 @@ def measure_stages(uris: Sequence[str], load: LoadSettings, detector: Detector |
     )
 
 
-def _first_row(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return pixels[:1].copy()
+def _first_row(image: Image) -> NDArray[np.uint8]:
+    return image.pixels[:1].copy()
 
 
 def _shrunk(images: Sequence[Image], load: LoadSettings) -> list[Image]:

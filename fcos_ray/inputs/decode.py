@@ -31,7 +31,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -50,7 +50,8 @@ from PIL import (  # noqa: F401
 from PIL.Image import DecompressionBombError, Transpose
 from PIL.ImageFile import ImageFile
 
-from fcos_ray.errors import DecodeError
+from fcos_ray.errors import DecodeError, DetectError
+from fcos_ray.sizes import resized_shape
 from fcos_ray.types import Image
 
 Empty = Callable[[tuple[int, int, int]], NDArray[np.uint8]]  # (height, width, 3) -> an uninitialised array
@@ -82,18 +83,22 @@ _BITS_TAG: Final = 0x0102
 _STRIP_PIXELS: Final = 2**20  # converting in strips needs 3 bytes a pixel beside the decoded image instead of 10
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, empty: Empty | None = None) -> Image:
+def decode(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, empty: Empty | None = None, model_size: tuple[int, int] | None = None
+) -> Image:
     """Decode the first frame of a JPEG, PNG, WEBP, GIF, BMP or TIFF file.
 
     Pixels are (H, W, 3) uint8, C-contiguous, after EXIF orientation; height and width are theirs. `empty` gives the
     array they are written to where that saves a copy (default: one of their own).
+    `model_size`, a (min_size, max_size) as torchvision's: JPEGs that it makes at most half as large are decoded at 1/2, 1/4
+    or 1/8, as far as they stay at least that large; height and width are those of the whole image all the same.
     Raises DecodeError (empty, unknown_format, too_many_pixels, corrupt) and MemoryError. Threads may call it.
     """
     if not data:
         raise DecodeError("empty", "0 bytes")
     with _pillow_does_not_warn():
         try:
-            return _read(_open(data, max_pixels), empty or _own)
+            return _read(_open(data, max_pixels), empty or _own, model_size)
         except DecompressionBombError as error:  # GIF and WEBP check their canvas against Pillow's own limit
             raise DecodeError("too_many_pixels", str(error)) from error
         except _DAMAGED as error:
@@ -167,8 +172,13 @@ def _own(shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     return np.empty(shape, dtype=np.uint8)
 
 
-def _read(picture: PIL.Image.Image, empty: Empty) -> Image:
+def _read(picture: ImageFile, empty: Empty, model_size: tuple[int, int] | None) -> Image:
     """Pixels first, EXIF after: the other way round a damaged file may give pixels. TIFF turns itself while loading."""
+    whole = picture.size
+    if model_size is not None and picture.format == "JPEG":
+        _reduce(picture, model_size)
+    reduced = picture.size != whole
+    loaded: PIL.Image.Image = picture
     if picture.format == "TIFF":
         orientation = _orientation(picture)
         picture.load()
@@ -176,10 +186,20 @@ def _read(picture: PIL.Image.Image, empty: Empty) -> Image:
         picture.load()
         orientation = _orientation(picture)
         if orientation != 1:
-            picture = picture.transpose(_TRANSPOSE[orientation])  # and lets go of the other
-    pixels = rgb_pixels(picture, empty)
+            loaded = picture.transpose(_TRANSPOSE[orientation])  # and lets go of the other
+    pixels = rgb_pixels(loaded, empty)
     height, width = pixels.shape[:2]
+    if reduced:
+        width, height = whole if orientation < 5 else whole[::-1]
     return Image(pixels, height=height, width=width, orientation=orientation)
+
+
+def _reduce(picture: ImageFile, model_size: tuple[int, int]) -> None:
+    """Let libjpeg leave out the high frequencies that the model's size does not show. A thin image is left as it is."""
+    width, height = picture.size
+    with suppress(DetectError):
+        shape = resized_shape(height, width, min_size=model_size[0], max_size=model_size[1])
+        picture.draft(None, (shape[1], shape[0]))
 
 
 def _orientation(

@@ -55,7 +55,11 @@ _MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESH
 _ENVIRONMENT: Final = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONDONTWRITEBYTECODE", "PYTHONHOME", "TMPDIR")
 
 
-Use = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]  # the decoder's array -> the caller's
+Use = Callable[[Image], NDArray[np.uint8]]  # an image in the decoder's memory -> pixels of the caller's own
+
+
+def _copied(image: Image) -> NDArray[np.uint8]:
+    return image.pixels.copy()
 
 
 class GuardedDecoder:
@@ -63,7 +67,7 @@ class GuardedDecoder:
 
     `memory_bytes` is what decoding one image may take on top of the idle child: 12 bytes a pixel, WEBP 18 (libjpeg
     reports a lack of memory as damage, so a lower limit makes large progressive JPEGs `corrupt`).
-    `decoder` is `module:function` with decode's signature.
+    `model_size` is `decode`'s. `decoder` is `module:function` with decode's signature.
     """
 
     def __init__(
@@ -72,17 +76,19 @@ class GuardedDecoder:
         max_pixels: int,
         deadline_seconds: float = 20.0,
         memory_bytes: int = 2 * 2**30,
+        model_size: tuple[int, int] | None = None,
         decoder: str = "fcos_ray.inputs.decode:decode",
     ) -> None:
-        self._settings = ChildSettings(decoder, max_pixels, memory_bytes, deadline_seconds + ALARM_MARGIN_SECONDS)
+        alarm_seconds = deadline_seconds + ALARM_MARGIN_SECONDS
+        self._settings = ChildSettings(decoder, max_pixels, memory_bytes, alarm_seconds, model_size)
         self._deadline_seconds = deadline_seconds
         self._lock = threading.Lock()
         self._child: _Child | None = None
 
-    def decode(self, data: bytes, *, use: Use = np.copy) -> Image:
+    def decode(self, data: bytes, *, use: Use = _copied) -> Image:
         """As `decode.decode`; the pixels are the caller's own.
 
-        `use` makes them from the decoder's array, which it must not keep: the next image overwrites it.
+        `use` makes them from the decoder's image, which it must not keep: the next one overwrites it.
 
         Raises DecodeError: the decoder's codes, decode_timeout, decode_memory, decode_crash. Raises RuntimeError when
         no child can be started: that is no fault of the image.
@@ -144,6 +150,7 @@ class ChildSettings:
     max_pixels: int
     memory_bytes: int
     alarm_seconds: float
+    model_size: tuple[int, int] | None  # decode's
 
 
 def _started(settings: ChildSettings) -> _Child:
@@ -224,8 +231,8 @@ class _Child:
         height, width, channels = answer["shape"]
         if channels != 3 or not 0 < height * width * 3 <= self._memory.num_bytes:
             raise WorkerError(f"the decode child says it wrote {answer['shape']}, into {self._memory.num_bytes} bytes")
-        pixels = use(self._memory.array((height, width, 3)))
-        return Image(pixels, height=answer["height"], width=answer["width"], orientation=answer["orientation"])
+        about = {name: answer[name] for name in ("height", "width", "orientation")}
+        return Image(use(Image(self._memory.array((height, width, 3)), **about)), **about)
 
     def end(self) -> None:
         self._end()
@@ -344,7 +351,8 @@ def _answer(
         memory.file.seek(0)
         data = memory.file.read(num_bytes)
         signal.setitimer(signal.ITIMER_REAL, settings.alarm_seconds)
-        image = decode(data, max_pixels=settings.max_pixels, empty=memory.array)
+        reduced = {} if settings.model_size is None else {"model_size": settings.model_size}
+        image = decode(data, max_pixels=settings.max_pixels, empty=memory.array, **reduced)
         target = memory.array(image.pixels.shape)
         if image.pixels.ctypes.data != target.ctypes.data:  # grey, or from a decoder that made an array of its own
             np.copyto(target, image.pixels)

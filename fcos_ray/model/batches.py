@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fcos_ray.model.sizes import Shape, resized_shape, shrinks
+from fcos_ray.sizes import Shape, resized_shape, shrinks
 
 
 def shrink(pixels: NDArray[np.uint8], *, min_size: int, max_size: int) -> NDArray[np.uint8]:
@@ -21,7 +21,11 @@ def shrink(pixels: NDArray[np.uint8], *, min_size: int, max_size: int) -> NDArra
     height, width = pixels.shape[:2]
     if not shrinks(height, width, min_size=min_size, max_size=max_size):
         return pixels
-    shape = resized_shape(height, width, min_size=min_size, max_size=max_size)
+    return shrink_to(pixels, resized_shape(height, width, min_size=min_size, max_size=max_size))
+
+
+def shrink_to(pixels: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
+    """The image at a smaller (height, width): see `shrink`."""
     if not pixels.flags.writeable:
         pixels = pixels.copy()  # torch warns about memory it must not write to, and has no read-only tensors
     # (1, H, W, 3) seen as channels_last takes the vectorised uint8 path and comes out in the same layout:

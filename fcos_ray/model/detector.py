@@ -20,8 +20,8 @@ from fcos_ray.model.architectures import Weights, build_model, fold_batchnorm
 from fcos_ray.model.batches import micro_batches
 from fcos_ray.model.checks import check_image, check_settings, pick_device, pick_precision
 from fcos_ray.model.postprocess import Found, HeadOutputs, postprocess
-from fcos_ray.model.sizes import Shape, padded_shape, resized_shape
 from fcos_ray.model.weights import load_weights
+from fcos_ray.sizes import Shape, padded_shape, resized_shape
 from fcos_ray.types import Detections, Image
 
 log = logging.getLogger(__name__)

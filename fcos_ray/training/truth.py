@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fcos_ray import storage
 from fcos_ray.analysis.truth import CocoFile, TruthImage, read_coco
 from fcos_ray.errors import DetectError, EvaluationError
-from fcos_ray.model.sizes import resized_shape
+from fcos_ray.sizes import resized_shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -370,3 +370,35 @@ def test_the_global_limits_of_pillow_stay_as_they_were() -> None:
     before = (PIL.Image.MAX_IMAGE_PIXELS, TiffImagePlugin.READ_LIBTIFF, dict(PIL.Image.EXTENSION))
     decode(saved(MARKED, "TIFF"))
     assert before == (PIL.Image.MAX_IMAGE_PIXELS, TiffImagePlugin.READ_LIBTIFF, dict(PIL.Image.EXTENSION))
+
+
+# ---- at a part of the size
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_large_jpeg_is_decoded_at_a_part_of_its_size_where_the_model_shrinks_it(
+    mode: str, progressive: bool, orientation: int
+) -> None:
+    """1000×641 stored, for a model of 100 to 160 pixels, which makes 156×100 of it: a quarter is 250×161."""
+    soft = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    picture = PIL.Image.fromarray(soft).resize((1000, 641), PIL.Image.Resampling.BICUBIC).convert(mode)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=95, progressive=progressive, exif=exif)
+    whole, part = decode(buffer.getvalue()), decode(buffer.getvalue(), model_size=(100, 160))
+    assert (part.height, part.width, part.orientation) == (whole.height, whole.width, orientation)
+    assert part.pixels.shape == ((161, 250, 3) if orientation < 5 else (250, 161, 3))
+    averaged = np.asarray(PIL.Image.fromarray(whole.pixels).resize(part.pixels.shape[1::-1], PIL.Image.Resampling.BOX))
+    assert np.abs(part.pixels.astype(int) - averaged).mean() < 2.0, "the same picture, the same way up"
+
+
+def test_what_the_model_does_not_halve_and_what_is_no_jpeg_is_decoded_whole() -> None:
+    picture = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    for format_, model_size in (("JPEG", (160, 320)), ("JPEG", (800, 1333)), ("PNG", (10, 10)), ("WEBP", (10, 10))):
+        buffer = io.BytesIO()
+        picture.save(buffer, format_)
+        whole = decode(buffer.getvalue())
+        assert (decode(buffer.getvalue(), model_size=model_size).pixels == whole.pixels).all(), format_

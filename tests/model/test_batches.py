@@ -9,7 +9,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from fcos_ray.errors import DetectError
 from fcos_ray.model.batches import micro_batches, shrink
-from fcos_ray.model.sizes import padded_shape, resized_shape
+from fcos_ray.sizes import padded_shape, resized_shape
 from tests.model.images import noise
 
 SIZES = [(800, 1333), (160, 266), (256, 256), (800, 800), (1, 1), (333, 1000)]
