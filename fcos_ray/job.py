@@ -273,7 +273,7 @@ class _Job:
             execution = Execution(
                 pinned,
                 layout=layout,
-                load=self._load_settings(record["settings"]),
+                load=replace(self._load_settings(record["settings"]), micro_batch=layout.micro_batch),
                 make_detector=self._make_detector or self._fcos(layout),
                 settings=ExecutionSettings(
                     max_transient_fraction=self.config.max_transient_fraction,
@@ -319,6 +319,7 @@ class _Job:
             num_detectors=config.num_detectors,
             gpus_per_detector=config.gpus_per_detector,
             load_cpus=config.load_cpus,
+            max_micro_batch=config.max_micro_batch,
         )
 
     def _fcos(self, layout: Layout) -> MakeDetector:
@@ -326,7 +327,7 @@ class _Job:
         options = {name: value for name, value in self.request.labelling["settings"].items() if name not in loads} | {
             "device": layout.device,
             "num_threads": layout.detector_threads,
-            "max_micro_batch": self.config.max_micro_batch,
+            "max_micro_batch": layout.micro_batch,
         }
         return functools.partial(_make_fcos, ray.put(self._weights), options)
 

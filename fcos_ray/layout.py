@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from fcos_ray.errors import ConfigError
+from fcos_ray.sizes import MAX_MICRO_BATCH
 
 READ_CPUS: Final = 0.05
 LOAD_CPUS_BESIDE_CPU_DETECTORS: Final = 0.25
@@ -41,6 +42,7 @@ class Layout:
     load_cpus: float
     num_load_tasks: int
     load_rows: int  # images per load task
+    micro_batch: int = 1  # images of one padded shape in a forward pass, at most
 
     @property
     def num_read_tasks(self) -> int:
@@ -64,6 +66,7 @@ def plan_layout(
     num_detectors: int | None,
     gpus_per_detector: float | None,
     load_cpus: float | None,
+    max_micro_batch: int | None = None,
 ) -> Layout:
     """Share out a cluster. `load_cpus` are all the CPUs that loading may use at once.
 
@@ -93,5 +96,7 @@ def plan_layout(
     share = min(share, left, load_cpus or share)
     load_tasks = max(1, int(min(left, load_cpus or left) / share + 1e-9))
     # Tasks of a second or so: fewer are cheaper to schedule, but each task should still find a peer to work beside.
-    load_rows = max(4, min(128, -(-num_rows // (4 * load_tasks))))
-    return Layout(chosen, detectors, detector_cpus, gpus, threads, share, load_tasks, load_rows)
+    # A task orders its images by shape, and 512 photographs of mixed sizes fill micro-batches of 16 by half and more.
+    micro_batch = max_micro_batch or MAX_MICRO_BATCH[chosen]
+    load_rows = max(4, min(max(128, 32 * micro_batch), -(-num_rows // (4 * load_tasks))))
+    return Layout(chosen, detectors, detector_cpus, gpus, threads, share, load_tasks, load_rows, micro_batch)

@@ -27,17 +27,19 @@ from ray.data.exceptions import ExecutionTimeoutError
 from fcos_ray import storage
 from fcos_ray.errors import DetectError, FetchError, ImageError, StageStalled, StorageError
 from fcos_ray.inputs.columns import DELETED, REFUSED
+from fcos_ray.inputs.decode import probe
 from fcos_ray.inputs.fetch import FetchPolicy, fetch_many
 from fcos_ray.inputs.guard import GuardedDecoder
 from fcos_ray.inputs.pin import PinnedFile, read_shard
 from fcos_ray.layout import READ_CPUS, Layout
 from fcos_ray.outputs.schema import LOADED_SCHEMA, RESULT_SCHEMA
 from fcos_ray.roll import AtWork, Roll
-from fcos_ray.sizes import resized_shape
+from fcos_ray.sizes import Shape, padded_shape, resized_shape
 from fcos_ray.types import Content, Detections, Image
 
 # Pixels per table that load hands on. Ray cuts and merges blocks at 128 MiB; half of it keeps two in hand cheap.
 _LOADED_BYTES: Final = 64 * 2**20
+_WAITING_BYTES: Final = 256 * 2**20  # of files that wait for their order in one load task
 _READ_TASKS: Final = 1000  # at most; each reads its shards one after the other
 _NAMED_WORKERS: Final = 3  # and images of each, in what is said of a stall
 
@@ -66,6 +68,7 @@ class LoadSettings:
     max_size: int
     exact_resize: bool
     fast_decode: bool = False
+    micro_batch: int = 1  # images of one shape that the detector takes at once, at most
     decoder: str = "fcos_ray.inputs.decode:decode"  # module:function
 
 
@@ -181,7 +184,7 @@ def _read(numbers: pa.Table, *, pinned_folder: str, files: Sequence[PinnedFile])
 
 def _load(rows: pa.Table, *, settings: LoadSettings, roll: Roll | None = None) -> Iterator[pa.Table]:
     """Rows of (shard, row, uri, refused, deleted) -> tables of LOADED_SCHEMA, at most _LOADED_BYTES of pixels each."""
-    loaded = _Loaded()
+    loaded = _Loaded(settings.micro_batch)
     with _working(roll, "load", rows):
         for row in _loaded_rows(rows.to_pylist(), settings, loaded):
             loaded.add(row)
@@ -197,8 +200,11 @@ class _Loaded:
     that into its object store, once per node; the detector reads them there and converts them to floats.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, micro_batch: int = 1) -> None:
         self._tables: list[pa.Table] = []
+        self._micro_batch = micro_batch
+        self._alike = 0  # images of the last one's padded shape, in this table and in a row
+        self._last: Shape | None = None
         self._begin(_LOADED_BYTES)
 
     def _begin(self, num_bytes: int) -> None:
@@ -208,11 +214,20 @@ class _Loaded:
         self._valid: list[bool] = []
         self._used = 0
 
-    def hold(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Copy the pixels of the next row into its table; another table begins where they do not fit."""
-        if self._used + pixels.nbytes > len(self._buffer):
+    def hold(self, pixels: NDArray[np.uint8], padded: Shape | None = None) -> NDArray[np.uint8]:
+        """Copy the pixels of the next row into its table; another table begins where they do not fit.
+
+        Also where the micro-batch of `padded` images that begins here would be torn by the table's end.
+        """
+        self._alike = self._alike + 1 if padded == self._last else 0
+        self._last = padded
+        wanted = pixels.nbytes
+        if self._alike % self._micro_batch == 0:
+            wanted = max(wanted, min(self._micro_batch * pixels.nbytes, len(self._buffer)))
+        if self._used + wanted > len(self._buffer):
             self._cut()
             self._begin(max(pixels.nbytes, _LOADED_BYTES))
+            self._alike = 0
         held = self._buffer[self._used : self._used + pixels.nbytes].reshape(pixels.shape)
         np.copyto(held, pixels)
         self._used += pixels.nbytes
@@ -264,8 +279,11 @@ def _loaded_rows(rows: Sequence[dict[str, Any]], settings: LoadSettings, loaded:
             wanted.append(row)
         else:
             yield _key(row) | _failure(FetchError("uri_refused", row["refused"]))
+    fetched_ones = fetch_many([row["uri"] for row in wanted], settings.fetch)
+    if settings.micro_batch > 1:
+        fetched_ones = _by_shape(fetched_ones, settings)
     started = time.perf_counter()
-    for index, content in fetch_many([row["uri"] for row in wanted], settings.fetch):
+    for index, content in fetched_ones:
         # Fetches overlap, so what counts is how long this task waited for the next one.
         fetched = _key(wanted[index]) | {"fetch_seconds": time.perf_counter() - started}
         if isinstance(content, Content):
@@ -275,11 +293,45 @@ def _loaded_rows(rows: Sequence[dict[str, Any]], settings: LoadSettings, loaded:
         started = time.perf_counter()
 
 
+def _by_shape(
+    fetched: Iterator[tuple[int, Content | FetchError]], settings: LoadSettings
+) -> Iterator[tuple[int, Content | FetchError]]:
+    """The same in the order of their padded shapes, as their headers say, so that micro-batches fill.
+
+    Files wait for one another, at most _WAITING_BYTES of them: pixels would be thirty times as large.
+    """
+    waiting: list[tuple[Shape, int, Content | FetchError]] = []
+    num_bytes = 0
+    for index, content in fetched:
+        num_bytes += len(content.data) if isinstance(content, Content) else 0
+        waiting.append((_padded(content, settings), index, content))
+        if num_bytes > _WAITING_BYTES:
+            yield from _ordered(waiting)
+            waiting, num_bytes = [], 0
+    yield from _ordered(waiting)
+
+
+def _ordered(waiting: list[tuple[Shape, int, Content | FetchError]]) -> Iterator[tuple[int, Content | FetchError]]:
+    for _, index, content in sorted(waiting, key=lambda entry: entry[:2]):
+        yield index, content
+
+
+def _padded(content: Content | FetchError, settings: LoadSettings) -> Shape:
+    """(0, 0) for what has none, or only tells when it is decoded."""
+    size = probe(content.data) if isinstance(content, Content) else None
+    if size is None:
+        return 0, 0
+    with suppress(DetectError):
+        return padded_shape(size.height, size.width, min_size=settings.min_size, max_size=settings.max_size)
+    return 0, 0
+
+
 def _decoded(data: bytes, settings: LoadSettings, loaded: _Loaded) -> dict[str, Any]:
     started = time.perf_counter()
 
     def use(image: Image) -> NDArray[np.uint8]:
-        return loaded.hold(image.pixels if settings.exact_resize else _shrunk(image, settings))
+        padded = padded_shape(image.height, image.width, min_size=settings.min_size, max_size=settings.max_size)
+        return loaded.hold(image.pixels if settings.exact_resize else _shrunk(image, settings), padded)
 
     try:
         image = _decoder(settings).decode(data, use=use)

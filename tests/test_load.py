@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -127,3 +129,34 @@ def test_fast_decoding_hands_on_the_models_size_and_remembers_the_whole_images(t
     assert fast["error_code"].to_pylist() == [None, "image_too_thin"]
     ours, wanted = (_image(table, 0).pixels.astype(int) for table in (fast, exact))
     assert 0 < np.abs(ours - wanted).mean() < 2.0, "near, and not by decoding whole all the same"
+
+
+def test_images_of_one_padded_shape_come_together_where_the_detector_takes_several(tmp_path: Path) -> None:
+    shapes = [(90, 120), (120, 90), (60, 60)] * 5
+    images = [draw(tmp_path / f"{k}.png", *shape) for k, shape in enumerate(shapes)]
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    rows = rows_of(*images[:7], tmp_path / "broken.jpg", None, *images[7:])
+    options = load_settings(tmp_path, fetch=FetchPolicy(allow_roots=(str(tmp_path),)))
+    [table] = _load(rows, settings=dataclasses.replace(options, micro_batch=4))
+    assert sorted(table["row"].to_pylist()) == list(range(17))
+    padded = [(row["height"], row["width"]) for row in table.to_pylist() if row["pixels"] is not None]
+    assert [shape for shape, _ in itertools.groupby(padded)] == [(60, 60), (90, 120), (120, 90)]
+
+
+def test_files_that_wait_for_their_order_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [draw(tmp_path / f"{k}.png", 40 + 40 * (k % 2), 60) for k in range(6)]
+    monkeypatch.setattr(pipeline, "_WAITING_BYTES", sum(image.stat().st_size for image in images[:4]) - 1)
+    [table] = _load(rows_of(*images), settings=load_settings(tmp_path, micro_batch=4))
+    assert table["row"].to_pylist() == [0, 2, 1, 3, 4, 5], "four in order, then the rest"
+
+
+def test_no_micro_batch_is_torn_by_a_tables_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for ten images: two micro-batches of four, and two more only of another shape."""
+    monkeypatch.setattr(pipeline, "_LOADED_BYTES", 30)
+    loaded, tables = _Loaded(micro_batch=4), []
+    for row in range(14):
+        loaded.hold(np.zeros((1, 1, 3), np.uint8), (32, 32) if row < 12 else (32, 64))
+        loaded.add({"shard": 0, "row": row})
+        tables += loaded.full()
+    tables += loaded.rest()
+    assert [table.num_rows for table in tables] == [8, 6]

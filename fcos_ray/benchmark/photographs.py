@@ -19,11 +19,13 @@ from fcos_ray.errors import ConfigError
 
 _DISTINCT: Final = 32  # drawings; further files are copies of them
 _MAX_SIDE: Final = 16_384
-# Sizes that cameras, phones and the web make, as many times as they shall come among sixteen: (width, height).
-_MIXED: Final = (
-    *[(640, 480)] * 3, *[(480, 640)] * 2, *[(1024, 768)] * 2, (768, 1024), (1280, 720), (1920, 1080), (500, 375), (375, 500),
-    (1200, 800), (800, 1200), (1600, 1200), (2048, 1536),
-)  # fmt: skip
+# What cameras, phones, screens and hands that crop make: (width, height), more of them wide than high.
+_SIDES: Final = (500, 640, 1024, 1600, 2048)
+_WIDE: Final = (0.5625, 0.62, 0.6667, 0.7, 0.75, 0.8, 1.0)
+_HIGH: Final = (0.5625, 0.6667, 0.75, 0.8)
+_MIXED: Final = tuple((side, round(side * ratio)) for side in _SIDES for ratio in _WIDE) + tuple(
+    (round(side * ratio), side) for side in _SIDES for ratio in _HIGH
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,7 @@ def measure(
             device=device,
             num_detectors=num_detectors,
             images=images,
+            max_micro_batch=cap if null_detector else None,
         )
         layout = _layout(cluster, config, images)
         load = _load_settings(config, drawn, model_size)
@@ -116,6 +117,7 @@ def _layout(cluster: Cluster, config: fr.JobConfig, num_rows: int) -> Layout:
         num_detectors=config.num_detectors,
         gpus_per_detector=config.gpus_per_detector,
         load_cpus=config.load_cpus,
+        max_micro_batch=config.max_micro_batch,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +21,10 @@ from fcos_ray.model.batches import micro_batches
 from fcos_ray.model.checks import check_image, check_settings, pick_device, pick_precision
 from fcos_ray.model.postprocess import Found, HeadOutputs, postprocess
 from fcos_ray.model.weights import load_weights
-from fcos_ray.sizes import Shape, padded_shape, resized_shape
+from fcos_ray.sizes import MAX_MICRO_BATCH, Shape, padded_shape, resized_shape
 from fcos_ray.types import Detections, Image
 
 log = logging.getLogger(__name__)
-
-# Micro-batches cost time on a CPU (1.13 s per image alone, 1.65 in fours: torch 2.14). 16 on CUDA is a guess of ours.
-MAX_MICRO_BATCH: Final = {"cpu": 1, "cuda": 16}
 
 
 @dataclass(frozen=True, slots=True)
