@@ -17,3 +17,13 @@ def test_planning_against_a_history_finds_what_was_generated(tmp_path: Path) -> 
     assert fresh["selection"].startswith("100,000 in the manifest: 100,000 new, 0 changed")
     assert ", 60 changed, 0 failed before, 5,8" in mixed["selection"], mixed
     assert mixed["peak_gb"] > 0
+
+
+def test_post_processing_and_loading_are_held_against_what_people_write() -> None:
+    commands = {"postprocess_speed": [], "load_speed": ["--image-size", "1600x1200"]}
+    for name, sizes in commands.items():
+        command = [sys.executable, "-m", f"tests.benchmarks.{name}", "--rounds", "1", *sizes]
+        done = subprocess.run(command, text=True, capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        for line in done.stdout.splitlines():
+            assert min(json.loads(line)["milliseconds"].values()) > 0
