@@ -34,7 +34,7 @@ from dataclasses import astuple, dataclass
 from importlib import import_module
 from io import FileIO
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,11 +47,12 @@ START_ATTEMPTS: Final = 3
 EXIT_SECONDS: Final = 5.0  # for a child that has cut the line to end
 ALARM_MARGIN_SECONDS: Final = 5.0  # the parent kills at the deadline; the alarm is for children without a parent
 KEEP_BYTES: Final = 64 * 2**20  # a memory file that one huge image made larger is thrown away after it
+_ABOUT: Final = ("height", "width", "orientation")  # of an image, in an answer beside its shape
 _MESSAGE_BYTES: Final = 64 * 1024
-# Where Python and its libraries are found, and how text is encoded. PYTHONPATH is made from sys.path.
 # The child's malloc keeps what it has: by default memory of 128 KiB goes back to the kernel with every image, and is zeroed
 # again for the next. Decoding 640×480 3.9 -> 1.6 ms, 4000×3000 100 -> 72 ms (glibc 2.36, Pillow 13, a virtual machine).
 _MALLOC: Final = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(128 * 2**20)}
+# Where Python and its libraries are found, and how text is encoded. PYTHONPATH is made from sys.path.
 _ENVIRONMENT: Final = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONDONTWRITEBYTECODE", "PYTHONHOME", "TMPDIR")
 
 
@@ -112,6 +113,7 @@ class GuardedDecoder:
             answer = self._child.ask(data, self._deadline_seconds)
             if "code" in answer:
                 raise DecodeError(answer["code"], answer["message"])
+            self._child.require_image(answer)
             return self._child, answer
         except DecodeError as error:
             if error.code in ("decode_timeout", "decode_memory", "decode_crash"):
@@ -224,14 +226,29 @@ class _Child:
             code = self._exit_code()
             kind = _Killed if code == -signal.SIGKILL else DecodeError
             raise kind("decode_crash", f"the decoder's process died: {_death(code)}")
-        return cast("dict[str, Any]", json.loads(answer))
+        try:
+            said = json.loads(answer)
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):
+            raise DecodeError("decode_crash", f"the decoder's process answers {answer[:200]!r}")
+        return said
+
+    def require_image(self, answer: dict[str, Any]) -> None:
+        """Raises DecodeError when what the child says cannot lie in the memory file: some image has taken it over."""
+        numbers = [*answer.get("shape", ()), *(answer.get(name) for name in _ABOUT)]
+        if (
+            len(numbers) != 6
+            or not all(type(number) is int and number > 0 for number in numbers)
+            or numbers[2] != 3
+            or numbers[0] * numbers[1] * 3 > self._memory.num_bytes
+        ):
+            raise DecodeError("decode_crash", f"the decoder's process says it wrote {answer!r}"[:1000])
 
     def image(self, answer: dict[str, Any], use: Use) -> Image:
-        """The image that the child says lies in the memory file. Raises WorkerError for what cannot lie there."""
-        height, width, channels = answer["shape"]
-        if channels != 3 or not 0 < height * width * 3 <= self._memory.num_bytes:
-            raise WorkerError(f"the decode child says it wrote {answer['shape']}, into {self._memory.num_bytes} bytes")
-        about = {name: answer[name] for name in ("height", "width", "orientation")}
+        """The image that lies in the memory file."""
+        height, width, _ = answer["shape"]
+        about = {name: answer[name] for name in _ABOUT}
         return Image(use(Image(self._memory.array((height, width, 3)), **about)), **about)
 
     def end(self) -> None:

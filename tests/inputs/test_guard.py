@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -87,6 +88,14 @@ def _close_the_socket_and_hang() -> None:
     _loop()
 
 
+def _lie(answer: bytes) -> Callable[[], None]:
+    def lie() -> None:
+        socket.socket(fileno=os.dup(0)).send(answer)
+        time.sleep(1000)
+
+    return lie
+
+
 def _say_environment() -> None:
     words = [Path("/proc/self/environ").read_bytes().decode(), " ".join(os.environ), " ".join(map(str, sys.argv))]
     raise DecodeError("corrupt", "\n".join(words).replace("\0", "\n")[:100_000])
@@ -113,6 +122,10 @@ POISONS: dict[bytes, Callable[[], None]] = {
     b"assert": _raise_wrong_code,
     b"print": _print_much,
     b"close": _close_the_socket_and_hang,
+    b"lie about the size": _lie(b'{"shape": [99999, 99999, 3], "height": 1, "width": 1, "orientation": 1}'),
+    b"lie about the shape": _lie(b'{"shape": [-1, -1, 3], "height": 1, "width": 1, "orientation": 1}'),
+    b"lie without words": _lie(b"[]"),
+    b"lie in no language": _lie(b"\xff"),
     b"environment": _say_environment,
     b"limits": _say_limits,
 }
@@ -234,6 +247,10 @@ def test_max_pixels_reaches_the_child() -> None:
         (b"exit", "decode_crash", "exit code 3"),
         (b"sys.exit", "decode_crash", "exit code 4"),
         (b"odd", "decode_crash", "KeyError: 'no such thing'"),
+        (b"lie about the size", "decode_crash", "says it wrote {'shape': [99999, 99999, 3]"),
+        (b"lie about the shape", "decode_crash", "says it wrote {'shape': [-1, -1, 3]"),
+        (b"lie without words", "decode_crash", "answers b'[]'"),
+        (b"lie in no language", "decode_crash", "answers b'\\xff'"),
         (b"assert", "decode_crash", "AssertionError: not_found is no decode code"),
     ],
     ids=lambda value: value.decode() if isinstance(value, bytes) else "",
