@@ -25,12 +25,13 @@ from fcos_ray import storage
 from fcos_ray.errors import RunStopped, StageStalled, StorageError, UserError, WorkerError
 from fcos_ray.inputs.pin import PinnedFile, read_shard
 from fcos_ray.layout import Layout
+from fcos_ray.load import LoadSettings
 from fcos_ray.outputs import runs
 from fcos_ray.outputs.commit import ShardTarget, commit_shard, list_committed
 from fcos_ray.outputs.gather import Gather, WholeShard
 from fcos_ray.outputs.pulse import drivers_at_work
 from fcos_ray.pinned import PinnedRun
-from fcos_ray.pipeline import LoadSettings, MakeDetector, Stages, result_rows
+from fcos_ray.pipeline import MakeDetector, Stages, result_rows
 from fcos_ray.progress import RunProgress
 
 logger = logging.getLogger("fcos_ray")
@@ -59,16 +60,31 @@ class ExecutionStats:
     """What this process did."""
 
     num_discarded: int = 0  # shards that another writer committed first
-    rows_after_first_commit: int = 0
     first_commit: float | None = None  # time.monotonic()
-    last_commit: float | None = None
+    num_blocks: int = 0  # that came from the detectors
+    rows_after_first: int = 0  # of blocks after each detector's first
+    first_blocks: float | None = None  # when as many blocks had come as there are detectors
+    last_block: float | None = None
+
+    def count_block(self, num_rows: int, *, num_detectors: int) -> None:
+        """A block of results has come.
+
+        Before each detector has given one, blocks are on their way that were begun before: counted from the first commit
+        on, they made 8 images appear half again as fast as they were.
+        """
+        self.num_blocks += 1
+        now = time.monotonic()
+        if self.num_blocks == num_detectors:
+            self.first_blocks = now
+        elif self.num_blocks > num_detectors:
+            self.rows_after_first, self.last_block = self.rows_after_first + num_rows, now
 
     @property
     def images_per_second(self) -> float | None:
-        """Steady state: from the first to the last commit; None with fewer than two."""
-        if self.first_commit is None or self.last_commit is None or self.last_commit <= self.first_commit:
+        """Steady state: from when each detector has given its first block to the last; None with no more than those."""
+        if self.first_blocks is None or self.last_block is None or self.last_block <= self.first_blocks:
             return None
-        return self.rows_after_first_commit / (self.last_commit - self.first_commit)
+        return self.rows_after_first / (self.last_block - self.first_blocks)
 
 
 class Execution:
@@ -200,6 +216,7 @@ class Execution:
         try:
             with closing(result_rows(missing, self._stages)) as results:
                 for rows in results:
+                    self.stats.count_block(rows.num_rows, num_detectors=self._stages.layout.num_detectors)
                     for whole in gather.add(rows):
                         if whole.may_commit(max_transient_fraction=self._settings.max_transient_fraction):
                             self._submit(whole, files)
@@ -265,14 +282,10 @@ class Execution:
         return trouble
 
     def _count(self, whole: WholeShard, *, created: bool) -> None:
-        now, rows = time.monotonic(), whole.rows.num_rows
+        rows = whole.rows.num_rows
         if not created:
             self.stats.num_discarded += 1
-        if self.stats.first_commit is None:
-            self.stats.first_commit = now
-        else:
-            self.stats.rows_after_first_commit += rows
-        self.stats.last_commit = now
+        self.stats.first_commit = self.stats.first_commit or time.monotonic()
         if self._progress:
             self._progress.add(rows=rows, errors=rows - whole.rows["error_code"].null_count)
 

@@ -32,7 +32,7 @@ class RunSummary:
     explanation: str | None = None  # with --explain
     duplicates_dropped: int = 0
     uris_refused: int = 0
-    images_per_second: float | None = None  # steady state of this process: from its first to its last commit
+    images_per_second: float | None = None  # steady state of this process, without its start
     wall_seconds: float = 0.0
     startup_seconds: float | None = None  # until the first commit
     retries: int = 0  # fetch attempts beyond the first
