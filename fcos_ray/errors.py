@@ -7,7 +7,7 @@ FcosRayError
 │   ├── WeightsError
 │   ├── OutputError
 │   └── EvaluationError
-├── ImageError             one image failed: `pipeline.py` turns it into an error row
+├── ImageError             one image failed: `load.py` or `pipeline.py` turns it into an error row
 │   ├── FetchError
 │   ├── DecodeError
 │   └── DetectError

@@ -29,7 +29,7 @@ from fcos_ray.inputs.manifests import find_sources
 from fcos_ray.inputs.pin import PinnedFile, pin, read_partitions
 from fcos_ray.inputs.plan import Draft, draft_plan
 from fcos_ray.inputs.selection import History
-from fcos_ray.layout import Cluster, Layout, plan_layout
+from fcos_ray.layout import Layout
 from fcos_ray.model.architectures import INPUT_SETTINGS, Weights
 from fcos_ray.model.detector import Detector
 from fcos_ray.model.weights import load_weights
@@ -39,12 +39,15 @@ from fcos_ray.outputs.index import index_uri
 from fcos_ray.outputs.pulse import Pulse, drivers_at_work, drivers_folder
 from fcos_ray.outputs.retractions import create_retracted
 from fcos_ray.pinned import index_run, pinned_run
-from fcos_ray.pipeline import ImageDetector, LoadSettings, MakeDetector
+from fcos_ray.pipeline import ImageDetector, MakeDetector
 from fcos_ray.request import (
     categories,
     check_no_secrets,
+    detector_options,
     fetch_policy,
     labelling,
+    layout_for,
+    load_settings,
     make_request,
     output_uri,
     plan_settings,
@@ -266,14 +269,14 @@ class _Job:
         pinned = pinned_run(self.output, record, self.request.labelling)
         # At work from here: starting Ray may take long, and who comes meanwhile is to know.
         with Pulse(drivers_folder(self.output, record["run_id"])) as pulse, ray_session() as cluster:
-            layout = self._layout(cluster, record["num_rows"])
+            layout = layout_for(self.config, cluster, record["num_rows"])
             logger.info("%s", layout.describe())
             if cluster.num_nodes > 1 and storage.parse_uri(self.output).scheme == "file":
                 logger.warning("the cluster has %d nodes: %s must be one shared disk", cluster.num_nodes, self.output)
             execution = Execution(
                 pinned,
                 layout=layout,
-                load=replace(self._load_settings(record["settings"]), micro_batch=layout.micro_batch),
+                load=load_settings(self.config, self.fetch_policy, self._input, layout, pinned=record["settings"]),
                 make_detector=self._make_detector or self._fcos(layout),
                 settings=ExecutionSettings(
                     max_transient_fraction=self.config.max_transient_fraction,
@@ -310,40 +313,8 @@ class _Job:
                 flag = "--" + setting.replace("_", "-")
                 raise ConfigError(f"run {record['run_id']} is open and reads {images}; to finish it, add {flag}")
 
-    def _layout(self, cluster: Cluster, num_rows: int) -> Layout:
-        config = self.config
-        return plan_layout(
-            cluster,
-            num_rows=num_rows,
-            device=config.device,
-            num_detectors=config.num_detectors,
-            gpus_per_detector=config.gpus_per_detector,
-            load_cpus=config.load_cpus,
-            max_micro_batch=config.max_micro_batch,
-        )
-
     def _fcos(self, layout: Layout) -> MakeDetector:
-        loads = ("exact_resize", "fast_decode")
-        options = {name: value for name, value in self.request.labelling["settings"].items() if name not in loads} | {
-            "device": layout.device,
-            "num_threads": layout.detector_threads,
-            "max_micro_batch": layout.micro_batch,
-        }
-        return functools.partial(_make_fcos, ray.put(self._weights), options)
-
-    def _load_settings(self, pinned: Mapping[str, Any]) -> LoadSettings:
-        """What makes an image an error row is the run's affair, not that of the command that goes on with it."""
-        config = self.config
-        return LoadSettings(
-            fetch=replace(self.fetch_policy, max_bytes=pinned["max_image_bytes"]),
-            max_pixels=pinned["max_pixels"],
-            decode_deadline_seconds=pinned["decode_deadline_seconds"],
-            decode_memory_bytes=pinned["decode_memory_bytes"],
-            min_size=self._input["min_size"],
-            max_size=self._input["max_size"],
-            exact_resize=config.exact_resize,
-            fast_decode=config.fast_decode,
-        )
+        return fcos_maker(self._weights, detector_options(self.request.labelling["settings"], layout))
 
     def summary_of_finished(self, run_id: str, started: float) -> RunSummary:
         """The summary of a run that needs nothing more."""
@@ -352,6 +323,10 @@ class _Job:
         return RunSummary(**kept | {"state": "nothing_to_do", "wall_seconds": round(time.monotonic() - started, 3)})
 
 
+def fcos_maker(weights: Weights, options: Mapping[str, Any]) -> MakeDetector:
+    """What builds FCOS in its actor. The weights go through Ray's object store: one copy per node, none per detector."""
+    return functools.partial(_make_fcos, ray.put(weights), options)
+
+
 def _make_fcos(weights: ray.ObjectRef[Weights], options: Mapping[str, Any]) -> ImageDetector:
-    # The weights come through Ray's object store: one copy per node, none per detector.
     return Detector(ray.get(weights), **options)

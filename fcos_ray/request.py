@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from fcos_ray.inputs.fetch import FetchPolicy
 from fcos_ray.inputs.manifests import Source
 from fcos_ray.inputs.plan import PlanSettings
 from fcos_ray.inputs.selection import SelectSettings
+from fcos_ray.layout import Cluster, Layout, plan_layout
+from fcos_ray.load import LoadSettings
 from fcos_ray.model.architectures import Weights
 from fcos_ray.outputs import runs
 from fcos_ray.outputs.schema import RESERVED_COLUMNS
@@ -110,3 +113,46 @@ def plan_settings(config: JobConfig, sizes: Mapping[str, int], fetch_policy: Fet
         ),
         reserved_columns=RESERVED_COLUMNS,
     )
+
+
+def layout_for(config: JobConfig, cluster: Cluster, num_rows: int) -> Layout:
+    """What each stage reserves. Raises ConfigError where the cluster lacks what was asked for."""
+    return plan_layout(
+        cluster,
+        num_rows=num_rows,
+        device=config.device,
+        num_detectors=config.num_detectors,
+        gpus_per_detector=config.gpus_per_detector,
+        load_cpus=config.load_cpus,
+        max_micro_batch=config.max_micro_batch,
+    )
+
+
+def load_settings(
+    config: JobConfig, fetch: FetchPolicy, sizes: Mapping[str, int], layout: Layout, *, pinned: Mapping[str, Any]
+) -> LoadSettings:
+    """`sizes`: as in `plan_settings`. `pinned`: the settings that the run was planned with.
+
+    What makes an image an error row is the run's affair, not that of the command that goes on with it.
+    """
+    return LoadSettings(
+        fetch=replace(fetch, max_bytes=pinned["max_image_bytes"]),
+        max_pixels=pinned["max_pixels"],
+        decode_deadline_seconds=pinned["decode_deadline_seconds"],
+        decode_memory_bytes=pinned["decode_memory_bytes"],
+        min_size=sizes["min_size"],
+        max_size=sizes["max_size"],
+        exact_resize=config.exact_resize,
+        fast_decode=config.fast_decode,
+        micro_batch=layout.micro_batch,
+    )
+
+
+def detector_options(labelling_settings: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """Detector's arguments beside the weights."""
+    loads = ("exact_resize", "fast_decode")
+    return {name: value for name, value in labelling_settings.items() if name not in loads} | {
+        "device": layout.device,
+        "num_threads": layout.detector_threads,
+        "max_micro_batch": layout.micro_batch,
+    }

@@ -22,12 +22,22 @@ from fcos_ray.errors import RunStopped, StorageError, UserError
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    from fcos_ray.benchmark.whole import measure
+    from fcos_ray.benchmark.whole import Asked, measure
 
-    asked = {name: value for name, value in vars(options).items() if name != "folder"}
+    settings = {
+        name: getattr(options, name) for name in ("weights", "precision", "device", "num_detectors", "fast_decode")
+    }
     try:
+        asked = Asked(
+            options.image_size,
+            options.images,
+            settings,
+            null_detector=options.null_detector,
+            cap=options.cap,
+            with_sizes=not options.no_sizes,
+        )
         with tempfile.TemporaryDirectory(prefix="fcos_ray-benchmark-") as folder:
-            found = measure(options.folder or folder, **asked)
+            found = measure(options.folder or folder, asked)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -42,12 +52,17 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
-    parser.add_argument("--image-size", default="640x480", help="WIDTHxHEIGHT, or mixed (default: %(default)s)")
+    parser.add_argument(
+        "--image-size",
+        default="640x480",
+        help="WIDTHxHEIGHT, or mixed: 55 sizes, longer sides of 500 to 2048 pixels (default: %(default)s)",
+    )
     parser.add_argument("--images", type=int, default=400, help="in the whole job (default: %(default)s)")
     parser.add_argument("--folder", help="a new folder or s3:// prefix (default: a temporary one on this machine)")
     parser.add_argument("--weights", default="random:1", help="as for jobs/detect.py (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where the cluster has GPUs")
+    parser.add_argument("--fast-decode", action="store_true", help="as for jobs/detect.py")
     parser.add_argument("--num-detectors", type=int, help="default: as many as the cluster holds")
     parser.add_argument(
         "--null-detector", action="store_true", help="no model: what reading, loading, gathering and committing can do"

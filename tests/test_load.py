@@ -15,12 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcos_ray import pipeline
+from fcos_ray import load
 from fcos_ray.inputs.decode import decode
 from fcos_ray.inputs.fetch import FetchPolicy
+from fcos_ray.load import LoadSettings, _Loaded, load_tables
 from fcos_ray.model.batches import shrink
 from fcos_ray.outputs.schema import LOADED_SCHEMA
-from fcos_ray.pipeline import LoadSettings, _image, _load, _Loaded
+from fcos_ray.pipeline import _image
 
 
 def load_settings(folder: Path, **changed: Any) -> LoadSettings:
@@ -58,7 +59,7 @@ def test_each_row_comes_out_with_its_pixels_or_its_error(tmp_path: Path) -> None
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     good, large = draw(tmp_path / "good.png", 40, 60), draw(tmp_path / "large.png", 300, 200)
     rows = rows_of(good, tmp_path / "broken.jpg", None, large, good, tmp_path / "missing.jpg")
-    [table] = _load(rows, settings=load_settings(tmp_path))
+    [table] = load_tables(rows, load_settings(tmp_path))
     assert table.schema == LOADED_SCHEMA
     table = table.sort_by("row")
     codes = table["error_code"].to_pylist()
@@ -73,7 +74,7 @@ def test_each_row_comes_out_with_its_pixels_or_its_error(tmp_path: Path) -> None
 @settings(deadline=None)
 def test_tables_are_cut_by_bytes_and_lose_nothing(sizes: list[int | None]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "_LOADED_BYTES", 60)
+        patch.setattr(load, "_LOADED_BYTES", 60)
         loaded, tables = _Loaded(), []
         for row, size in enumerate(sizes):
             shape = {}
@@ -100,18 +101,18 @@ def test_pixels_are_copied_once_on_their_way_into_a_table(tmp_path: Path, exact_
     image = tmp_path / "image.png"
     PIL.Image.new("RGB", (1500, 2000)).save(image)  # 9 MB of pixels each, in a file of a few kB
     options = load_settings(tmp_path, exact_resize=exact_resize, min_size=1000, max_size=2000)
-    list(_load(rows_of(image), settings=options))  # the child and torch are there now
+    list(load_tables(rows_of(image), options))  # the child and torch are there now
     arrow = pa.default_memory_pool()
     arrow_before = arrow.max_memory()
     tracemalloc.start()
     try:
-        [table] = _load(rows_of(image, image, image), settings=options)
+        [table] = load_tables(rows_of(image, image, image), options)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     pixels = table["pixels"].nbytes
     assert pixels >= 3 * (9_000_000 if exact_resize else 3_000_000)
-    assert peak < pipeline._LOADED_BYTES + 2_000_000
+    assert peak < load._LOADED_BYTES + 2_000_000
     assert arrow.max_memory() - arrow_before < 1_000_000
 
 
@@ -121,7 +122,7 @@ def test_fast_decoding_hands_on_the_models_size_and_remembers_the_whole_images(t
     PIL.Image.new("RGB", (2000, 3)).save(tmp_path / "thin.jpg")
     rows = rows_of(tmp_path / "a.jpg", tmp_path / "thin.jpg")
     [exact], [fast] = (
-        list(_load(rows, settings=load_settings(tmp_path, fast_decode=fast_decode))) for fast_decode in (False, True)
+        list(load_tables(rows, load_settings(tmp_path, fast_decode=fast_decode))) for fast_decode in (False, True)
     )
     assert fast.drop_columns(["pixels", "decode_seconds", "fetch_seconds"]) == exact.drop_columns(
         ["pixels", "decode_seconds", "fetch_seconds"]
@@ -137,7 +138,7 @@ def test_images_of_one_padded_shape_come_together_where_the_detector_takes_sever
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     rows = rows_of(*images[:7], tmp_path / "broken.jpg", None, *images[7:])
     options = load_settings(tmp_path, fetch=FetchPolicy(allow_roots=(str(tmp_path),)))
-    [table] = _load(rows, settings=dataclasses.replace(options, micro_batch=4))
+    [table] = load_tables(rows, dataclasses.replace(options, micro_batch=4))
     assert sorted(table["row"].to_pylist()) == list(range(17))
     padded = [(row["height"], row["width"]) for row in table.to_pylist() if row["pixels"] is not None]
     assert [shape for shape, _ in itertools.groupby(padded)] == [(60, 60), (90, 120), (120, 90)]
@@ -145,14 +146,14 @@ def test_images_of_one_padded_shape_come_together_where_the_detector_takes_sever
 
 def test_files_that_wait_for_their_order_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [draw(tmp_path / f"{k}.png", 40 + 40 * (k % 2), 60) for k in range(6)]
-    monkeypatch.setattr(pipeline, "_WAITING_BYTES", sum(image.stat().st_size for image in images[:4]) - 1)
-    [table] = _load(rows_of(*images), settings=load_settings(tmp_path, micro_batch=4))
+    monkeypatch.setattr(load, "_WAITING_BYTES", sum(image.stat().st_size for image in images[:4]) - 1)
+    [table] = load_tables(rows_of(*images), load_settings(tmp_path, micro_batch=4))
     assert table["row"].to_pylist() == [0, 2, 1, 3, 4, 5], "four in order, then the rest"
 
 
 def test_no_micro_batch_is_torn_by_a_tables_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for ten images: two micro-batches of four, and two more only of another shape."""
-    monkeypatch.setattr(pipeline, "_LOADED_BYTES", 30)
+    monkeypatch.setattr(load, "_LOADED_BYTES", 30)
     loaded, tables = _Loaded(micro_batch=4), []
     for row in range(14):
         loaded.hold(np.zeros((1, 1, 3), np.uint8), (32, 32) if row < 12 else (32, 64))

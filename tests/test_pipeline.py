@@ -17,8 +17,9 @@ from fcos_ray.inputs.manifests import find_sources
 from fcos_ray.inputs.pin import pin
 from fcos_ray.inputs.plan import PlanSettings, draft_plan
 from fcos_ray.layout import Cluster, Layout, plan_layout
+from fcos_ray.load import LoadSettings
 from fcos_ray.outputs.schema import RESULT_SCHEMA
-from fcos_ray.pipeline import LoadSettings, Stages, build
+from fcos_ray.pipeline import Stages, build
 from fcos_ray.sample import write_sample
 from tests.corpus import PixelDetector
 from tests.ray_cluster import RayCluster

@@ -17,8 +17,9 @@ from fcos_ray.inputs.manifests import find_sources
 from fcos_ray.inputs.pin import pin
 from fcos_ray.inputs.plan import PlanSettings, draft_plan
 from fcos_ray.layout import Cluster, plan_layout
+from fcos_ray.load import LoadSettings
 from fcos_ray.outputs.gather import Gather
-from fcos_ray.pipeline import LoadSettings, Stages, result_rows
+from fcos_ray.pipeline import Stages, result_rows
 from tests.corpus import PixelDetector, write_manifest
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]

@@ -19,6 +19,8 @@ from fcos_ray.errors import ConfigError
 
 _DISTINCT: Final = 32  # drawings; further files are copies of them
 _MAX_SIDE: Final = 16_384
+_MAX_RATIO: Final = 100  # of the sides: FCOS can do nothing with a thread
+MANIFEST: Final = "manifest.parquet"
 # What cameras, phones, screens and hands that crop make: (width, height), more of them wide than high.
 _SIDES: Final = (500, 640, 1024, 1600, 2048)
 _WIDE: Final = (0.5625, 0.62, 0.6667, 0.7, 0.75, 0.8, 1.0)
@@ -43,9 +45,11 @@ def parse_size(text: str) -> tuple[tuple[int, int], ...]:
     if text == "mixed":
         return _MIXED
     found = re.fullmatch(r"(\d+)x(\d+)", text)
-    if found is None or not all(1 <= int(side) <= _MAX_SIDE for side in found.groups()):
+    sides = sorted(int(side) for side in found.groups()) if found is not None else [0, 0]
+    if found is None or not 1 <= sides[0] <= sides[1] <= min(_MAX_SIDE, _MAX_RATIO * sides[0]):
         raise ConfigError(
-            f"--image-size wanted <width>x<height> up to {_MAX_SIDE}, such as 640x480, or mixed, got {text!r}"
+            f"--image-size wanted <width>x<height> up to {_MAX_SIDE}, one at most {_MAX_RATIO} times the other, such as "
+            f"640x480, or mixed, got {text!r}"
         )
     return ((int(found[1]), int(found[2])),)
 
@@ -82,7 +86,7 @@ def write_photographs(
         columns |= {"width": [size[0] for size, _ in chosen], "height": [size[1] for size, _ in chosen]}
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
-    manifest = storage.join(folder, "manifest.parquet")
+    manifest = storage.join(folder, MANIFEST)
     storage.replace(manifest, sink.getvalue().to_pybytes())
     num_bytes = sum(len(data) for _, data in chosen)
     return Photographs(manifest, tuple(uris), tuple(size for size, _ in chosen), num_bytes / num_images)

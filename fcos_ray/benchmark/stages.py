@@ -1,9 +1,11 @@
-"""Stages: each stage of a job alone. Seconds per image of one process; detectors all at once, as the layout has them."""
+"""Stages: each stage of a job alone, in seconds per image of one process; detectors all at once, as the layout has them."""
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,20 +14,21 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from fcos_ray import storage
-from fcos_ray.errors import DetectError
+from fcos_ray.errors import DetectError, FetchError, StorageError
+from fcos_ray.inputs.columns import DELETED, PARTITION
 from fcos_ray.inputs.fetch import fetch_many
-from fcos_ray.inputs.guard import GuardedDecoder
 from fcos_ray.layout import Layout
-from fcos_ray.model.batches import micro_batches, shrink
+from fcos_ray.load import LoadSettings, decoder, load_tables, shrunk
+from fcos_ray.model.batches import micro_batches
 from fcos_ray.model.detector import Detector
-from fcos_ray.outputs.commit import ShardTarget, build_shard
+from fcos_ray.outputs.commit import ShardTarget, commit_shard
 from fcos_ray.outputs.gather import Gather
 from fcos_ray.outputs.schema import RESULT_SCHEMA
-from fcos_ray.pipeline import LoadSettings, MakeDetector, _load
-from fcos_ray.sizes import padded_shape, shrinks
+from fcos_ray.pipeline import MakeDetector
+from fcos_ray.sizes import padded_shape
 from fcos_ray.types import Content, Detections, Image
 
+_SHARD_ROWS: Final = 512  # of the shard that is gathered and committed
 _ROUNDS: Final = 3  # the median of so many; the first call of all is not counted
 _BOXES: Final = 20  # per image, in the rows that are gathered and committed
 
@@ -38,7 +41,7 @@ class StageSeconds:
     decode: float  # in the guarded child
     shrink: float
     load: float  # the three, and the table that is handed on
-    transport: float  # into Ray's object store and out again
+    transport: float  # into Ray's object store, and to a detector
     forward: float | None
     postprocess: float | None
     gather: float
@@ -56,13 +59,52 @@ def median_seconds(call: Callable[[], object], *, per: int) -> float:
     return sorted(taken)[_ROUNDS // 2] / per
 
 
-def measure_stages(uris: Sequence[str], load: LoadSettings, detector: Detector | None, *, output: str) -> StageSeconds:
-    """Every stage on the same images, in this process; Ray is running."""
+def measure_stages(
+    uris: Sequence[str], load: LoadSettings, make_detector: MakeDetector, layout: Layout, *, seconds: float, output: str
+) -> tuple[StageSeconds, float]:
+    """Every stage on the same images; and images per second of all the layout's detectors at once, for so many seconds.
+
+    Loading is measured in a load task, the model in a detector: what the driver's machine can do does not count.
+    """
+    images = _shrunk(_decode(_fetch(uris, load), load), load)
+    with _detectors(make_detector, layout) as actors:
+        alone = _all_at_once(actors, images, seconds=seconds)
+        forward, postprocess = ray.get(actors[0].parts.remote(list(images[:4])))
+        tables, loading = ray.get(_measure_load.options(num_cpus=layout.load_cpus).remote(uris, load))
+
+        def transport() -> None:
+            for table in tables:
+                ray.get(actors[0].take.remote(ray.put(table)))
+
+        carried = median_seconds(transport, per=len(uris))
+    gather, commit = _measure_outputs(output)
+    measured = StageSeconds(
+        **loading, transport=carried, forward=forward, postprocess=postprocess, gather=gather, commit=commit
+    )
+    return measured, alone
+
+
+def _fetch(uris: Sequence[str], load: LoadSettings) -> list[bytes]:
+    """Raises StorageError for an image that cannot be read: it was written a moment ago."""
+    found = [content for _, content in fetch_many(uris, load.fetch)]
+    if failed := [content for content in found if isinstance(content, FetchError)]:
+        raise StorageError(f"{len(failed)} of {len(uris)} images cannot be read, such as: {failed[0]}")
+    return [content.data for content in found if isinstance(content, Content)]
+
+
+def _decode(files: Sequence[bytes], load: LoadSettings) -> list[Image]:
+    with decoder(load) as child:
+        return [child.decode(data) for data in files]
+
+
+def _shrunk(images: Sequence[Image], load: LoadSettings) -> list[Image]:
+    return [Image(shrunk(image, load), height=image.height, width=image.width) for image in images]
+
+
+@ray.remote
+def _measure_load(uris: Sequence[str], load: LoadSettings) -> tuple[list[pa.Table], dict[str, float]]:
+    """The tables that are handed on, and seconds per image of loading's parts."""
     num = len(uris)
-    contents = [c for _, c in fetch_many(uris, load.fetch) if isinstance(c, Content)]
-    with GuardedDecoder(max_pixels=load.max_pixels) as decoder:
-        decode = median_seconds(lambda: [decoder.decode(c.data, use=_first_row) for c in contents], per=num)
-        images = [decoder.decode(content.data) for content in contents]
     rows = pa.table(
         {
             "shard": pa.repeat(pa.scalar(0, pa.int32()), num),
@@ -72,69 +114,52 @@ def measure_stages(uris: Sequence[str], load: LoadSettings, detector: Detector |
             "deleted": pa.repeat(False, num),
         }
     )
-    tables = list(_load(rows, settings=load))
-    forward, postprocess = (None, None) if detector is None else _measure_detector(detector, _shrunk(images, load)[:4])
-    gather, commit = _measure_outputs(num, output)
-    return StageSeconds(
-        fetch=median_seconds(lambda: list(fetch_many(uris, load.fetch)), per=num),
-        decode=decode,
-        shrink=median_seconds(lambda: _shrunk(images, load), per=num),
-        load=median_seconds(lambda: list(_load(rows, settings=load)), per=num),
-        transport=median_seconds(lambda: [ray.get(ray.put(table)) for table in tables], per=num),
-        forward=forward,
-        postprocess=postprocess,
-        gather=gather,
-        commit=commit,
-    )
+    files = _fetch(uris, load)
+    images = _decode(files, load)
+    with decoder(load) as child:
+        seconds = {
+            "fetch": median_seconds(lambda: _fetch(uris, load), per=num),
+            "decode": median_seconds(lambda: [child.decode(data, use=_first_row) for data in files], per=num),
+            "shrink": median_seconds(lambda: _shrunk(images, load), per=num),
+            "load": median_seconds(lambda: list(load_tables(rows, load)), per=num),
+        }
+    return list(load_tables(rows, load)), seconds
 
 
 def _first_row(image: Image) -> NDArray[np.uint8]:
     return image.pixels[:1].copy()
 
 
-def _shrunk(images: Sequence[Image], load: LoadSettings) -> list[Image]:
-    size = {"min_size": load.min_size, "max_size": load.max_size}
-    return [
-        Image(shrink(image.pixels, **size), height=image.height, width=image.width)
-        if shrinks(image.height, image.width, **size)
-        else image
-        for image in images
-    ]
-
-
-def _measure_detector(detector: Detector, images: Sequence[Image]) -> tuple[float, float]:
-    """Seconds per image of all but the last step, and of the last: post-processing."""
-    whole = median_seconds(lambda: detector.detect(images), per=len(images))
-    finish = median_seconds(detector.finishing(images[0]), per=1)
-    return whole - finish, finish
-
-
-def _measure_outputs(num_rows: int, output: str) -> tuple[float, float]:
+def _measure_outputs(output: str) -> tuple[float, float]:
+    """Seconds per row of gathering a shard in blocks of 16 rows, and of committing it."""
     found = {"boxes": [[0.0, 0.0, 1.0, 1.0]] * _BOXES, "labels": [1] * _BOXES, "scores": [0.5] * _BOXES}
     about = {"shard": 0, "width": 640, "height": 480, "content_sha256": "a" * 64, "attempts": 1}
-    results = pa.Table.from_pylist([{**about, **found, "row": row} for row in range(num_rows)], RESULT_SCHEMA)
-    blocks = [results.slice(start, 16) for start in range(0, num_rows, 16)]
+    results = pa.Table.from_pylist([{**about, **found, "row": row} for row in range(_SHARD_ROWS)], RESULT_SCHEMA)
+    blocks = [results.slice(start, 16) for start in range(0, _SHARD_ROWS, 16)]
+    names = [f"{row}" for row in range(_SHARD_ROWS)]
     pinned = pa.table(
         {
-            "image_id": [f"{row}" for row in range(num_rows)], "uri": [f"s3://bucket/{row}.jpg" for row in range(num_rows)],
-            "__partition": [""] * num_rows, "__deleted": pa.repeat(False, num_rows),
+            "image_id": names,
+            "uri": [f"s3://bucket/{name}.jpg" for name in names],
+            PARTITION: [""] * _SHARD_ROWS,
+            DELETED: pa.repeat(False, _SHARD_ROWS),
         }
-    )  # fmt: skip
+    )
     target = ShardTarget(output, "000000-00000000", (), {"categories": ["background", "thing"], "settings": {}})
-    numbers = iter(range(1000))
-
-    def commit() -> None:
-        uri = storage.join(output, "commits", f"{next(numbers)}.parquet")
-        assert storage.create(uri, build_shard(target, 0, pinned=pinned, results=results))
+    shards = itertools.count()
 
     def gather() -> None:
-        one = Gather({0: num_rows})
-        assert [whole for block in blocks for whole in one.add(block)]
+        one = Gather({0: _SHARD_ROWS})
+        for block in blocks:
+            one.add(block)
 
-    return median_seconds(gather, per=num_rows), median_seconds(commit, per=num_rows)
+    def commit() -> None:
+        commit_shard(target, next(shards), pinned=pinned, results=results)
+
+    return median_seconds(gather, per=_SHARD_ROWS), median_seconds(commit, per=_SHARD_ROWS)
 
 
-# ---- detectors alone
+# ---- detectors
 
 
 class _Alone:
@@ -151,18 +176,37 @@ class _Alone:
             num += len(images)
         return num, time.perf_counter() - started
 
+    def parts(self, images: Sequence[Image]) -> tuple[float | None, float | None]:
+        """Seconds per image of all but the last step, and of the last: post-processing. None without a model."""
+        if not isinstance(self._detector, Detector):
+            return None, None
+        whole = median_seconds(lambda: self._detector.detect(images), per=len(images))
+        finish = median_seconds(self._detector.finishing(images[0]), per=1)
+        return whole - finish, finish
 
-def detectors_alone(images: Sequence[Image], make_detector: MakeDetector, layout: Layout, *, seconds: float) -> float:
-    """Images per second of all the layout's detectors at once: no job on it can be faster."""
+    def take(self, table: pa.Table) -> int:
+        """Receive a table as the detect stage does."""
+        return int(table.num_rows)
+
+
+@contextmanager
+def _detectors(make_detector: MakeDetector, layout: Layout) -> Iterator[list[Any]]:
     options = {"num_cpus": layout.detector_cpus, "num_gpus": layout.detector_gpus}
     actors: list[Any] = [
         ray.remote(_Alone).options(**options).remote(make_detector) for _ in range(layout.num_detectors)
     ]
+    try:
+        yield actors
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _all_at_once(actors: Sequence[Any], images: Sequence[Image], *, seconds: float) -> float:
+    """Images per second: no job on these detectors can be faster."""
     shared = ray.put(list(images))
     ray.get([actor.detect.remote(shared, seconds=0.001) for actor in actors])  # the first forward is slower
     found = ray.get([actor.detect.remote(shared, seconds=seconds) for actor in actors])
-    for actor in actors:
-        ray.kill(actor)
     return float(sum(num / taken for num, taken in found))
 
 
@@ -177,27 +221,15 @@ class NullDetector:
         self._max_images = max_micro_batch
 
     def detect(self, images: Sequence[Image]) -> list[Detections | DetectError]:
-        """Detections whose label is the number of images in the micro-batch, with one box, so that it is kept."""
+        """One box each, so that it is kept; its score is the image's share of its micro-batch."""
         shapes = [padded_shape(image.height, image.width, **self._size) for image in images]
-        answers: list[Detections | DetectError] = [_fill(0)] * len(images)
+        share = np.zeros(len(images), np.float32)
         for batch in micro_batches(shapes, max_images=self._max_images):
-            for index in batch:
-                answers[index] = _fill(len(batch))
-        return answers
+            share[batch] = 1 / len(batch)
+        box, label = np.array([[0, 0, 1, 1]], np.float32), np.ones(1, np.int64)
+        return [Detections(box, label, share[index : index + 1]) for index in range(len(images))]
 
 
-def _fill(num_images: int) -> Detections:
-    box = np.array([[0, 0, num_images, 1]], np.float32)
-    return Detections(box, np.ones(1, np.int64), np.ones(1, np.float32))
-
-
-def mean_fill(sizes: Sequence[float], *, max_micro_batch: int) -> float:
-    """Mean of micro-batches' sizes as a share of the cap, from each image's: an image in a batch of n stands for 1/n."""
-    return len(sizes) / sum(1 / size for size in sizes) / max_micro_batch
-
-
-def in_memory(uris: Sequence[str], load: LoadSettings) -> list[Image]:
-    """Images as the load stage hands them on."""
-    contents = [content for _, content in fetch_many(uris, load.fetch) if isinstance(content, Content)]
-    with GuardedDecoder(max_pixels=load.max_pixels) as decoder:
-        return _shrunk([decoder.decode(content.data) for content in contents], load)
+def mean_fill(shares: Sequence[float], *, max_micro_batch: int) -> float:
+    """Mean size of the micro-batches as a share of the cap, from each image's share of its own."""
+    return len(shares) / sum(shares) / max_micro_batch

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fcos_ray.benchmark.stages import StageSeconds
 from fcos_ray.layout import Layout
+from fcos_ray.load import LoadSettings
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What each side of a job can do, images per second, and what the whole did."""
+    """Images per second."""
 
-    detectors: float  # all at once, alone
-    load: float  # all load tasks at once, as far as one process alone tells
-    job: float | None  # steady state, from the first to the last commit; None when there were too few commits
+    detectors: float  # all of the layout's at once, alone
+    job: float | None  # the whole job's steady state; None when there were too few blocks to tell
 
     @property
     def efficiency(self) -> float | None:
@@ -22,34 +23,46 @@ class Capacity:
         return None if self.job is None else self.job / self.detectors
 
 
-def load_capacity(load_seconds: float, layout: Layout) -> float:
-    """Images per second of all load tasks, from the seconds of one process per image.
-
-    Beside GPUs each task has a core or more. On a cluster without them tasks share cores with detectors and get what those
-    leave, which no figure tells beforehand: the least is what they reserve.
-    """
-    cores = layout.num_load_tasks * min(1.0, layout.load_cpus)
-    return cores / load_seconds
-
-
-def bottleneck(capacity: Capacity, load_seconds: float, layout: Layout) -> str:
+def bottleneck(capacity: Capacity, stages: StageSeconds, load: LoadSettings, layout: Layout) -> str:
     """What limits the job, and what to change."""
-    whole = (
+    each = capacity.detectors / layout.num_detectors
+    ran = (
         ""
         if capacity.efficiency is None
         else f" The whole job ran at {capacity.efficiency:.0%} of the detectors alone."
     )
+    wanted = stages.load * each  # load CPUs that keep one detector busy
     if layout.device == "cpu":
-        share = load_seconds * capacity.detectors / layout.num_detectors
-        return (
-            f"detect: detectors are on CPUs, {capacity.detectors / layout.num_detectors:,.2f} images/s each; loading takes "
-            f"{share:.1%} of a core beside each. More cores, --precision bf16 where they do it natively, or GPUs.{whole}"
-        )
-    if capacity.load >= capacity.detectors:
-        return f"detect: load could feed {capacity.load / capacity.detectors:,.1f} times as many detectors. More GPUs.{whole}"
-    wanted = math.ceil(capacity.detectors * load_seconds / layout.num_detectors)
+        return _on_cpus(each, wanted, stages, load) + ran
     has = layout.num_load_tasks * layout.load_cpus / layout.num_detectors
+    if wanted <= has:
+        return f"detect: there is load for {has / wanted:,.1f} times as many detectors. More GPUs.{ran}"
     return (
-        f"load: each detector wants {wanted} load CPUs and has {has:,.1f}: give {wanted - has:,.1f} more CPUs per detector "
-        f"(CPU nodes beside the GPU nodes will do), or smaller images.{whole}"
+        f"{_worst(stages)}: each detector wants {math.ceil(wanted)} load CPUs and has {has:,.1f}. Give "
+        f"{math.ceil(wanted - has)} more per detector (CPU nodes beside the GPU nodes will do){_remedy(stages, load)}.{ran}"
     )
+
+
+def _on_cpus(each: float, wanted: float, stages: StageSeconds, load: LoadSettings) -> str:
+    share = wanted / (1 + wanted)  # of a core that detects and loads in turns
+    if share > 0.5:
+        return f"{_worst(stages)}: loading takes {share:.0%} of the cores' time. More cores{_remedy(stages, load)}."
+    return (
+        f"detect: {each:,.2f} images/s of each detector alone; loading takes {share:.1%} of the cores' time. More cores, "
+        "--precision bf16 where they do it natively, or GPUs."
+    )
+
+
+def _worst(stages: StageSeconds) -> str:
+    """The part of loading that takes longest."""
+    parts = {"fetch": stages.fetch, "decode": stages.decode, "shrink": stages.shrink}
+    return max(parts, key=lambda name: parts[name])
+
+
+def _remedy(stages: StageSeconds, load: LoadSettings) -> str:
+    """What else helps, after a list's last entry."""
+    worst = _worst(stages)
+    if worst == "fetch":
+        return ", a store nearer to the cluster, or a higher --fetch-concurrency"
+    shrinks = stages.shrink > 0.01 * stages.decode  # else it is a comparison of two sizes: microseconds
+    return ", or --fast-decode" if shrinks and not load.fast_decode and not load.exact_resize else ""

@@ -4,141 +4,111 @@ from __future__ import annotations
 
 import functools
 import platform
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import fcos_ray as fr
 from fcos_ray import storage
-from fcos_ray.benchmark.photographs import Photographs, parse_size, write_photographs
-from fcos_ray.benchmark.stages import NullDetector, detectors_alone, in_memory, mean_fill, measure_stages
-from fcos_ray.benchmark.verdict import Capacity, bottleneck, load_capacity
+from fcos_ray.benchmark.photographs import MANIFEST, parse_size, write_photographs
+from fcos_ray.benchmark.stages import NullDetector, mean_fill, measure_stages
+from fcos_ray.benchmark.verdict import Capacity, bottleneck
 from fcos_ray.errors import ConfigError
-from fcos_ray.inputs.fetch import FetchPolicy
-from fcos_ray.layout import Cluster, Layout, plan_layout
+from fcos_ray.inputs.manifests import find_sources
+from fcos_ray.job import fcos_maker
+from fcos_ray.layout import Cluster
 from fcos_ray.model.architectures import INPUT_SETTINGS
-from fcos_ray.model.detector import Detector
 from fcos_ray.model.weights import load_weights
-from fcos_ray.pipeline import LoadSettings, MakeDetector
+from fcos_ray.pipeline import MakeDetector
+from fcos_ray.request import detector_options, fetch_policy, layout_for, load_settings
 from fcos_ray.session import ray_session
 from fcos_ray.summary import versions
 
 _STAGE_IMAGES: Final = 16  # in the stages alone
+_SHARDS: Final = 20  # of the whole job
 _ALONE_SECONDS: Final = 20.0  # a detector's speed drifts by a tenth in a few seconds
-_SHARDS: Final = 20  # of the whole job: its steady state is from the first commit to the last
 
 
-def measure(
-    folder: str,
-    *,
-    image_size: str,
-    images: int,
-    weights: str,
-    precision: str,
-    device: str | None,
-    num_detectors: int | None,
-    null_detector: bool,
-    cap: int,
-    no_sizes: bool,
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What to measure."""
+
+    image_size: str  # <width>x<height>, or mixed
+    images: int  # in the whole job
+    settings: Mapping[str, Any]  # of the job: weights, precision, device, num_detectors, fast_decode
+    null_detector: bool = False  # no model
+    cap: int = 16  # images in a micro-batch at most, without a model
+    with_sizes: bool = True  # whether the manifest has width and height
+
+
+def measure(folder: str, asked: Asked) -> dict[str, Any]:
     """Everything that jobs/benchmark.py prints, as JSON. Raises UserError, StorageError, RunStopped."""
-    sizes = parse_size(image_size)
-    if images < _SHARDS:
-        raise ConfigError(f"--images wanted at least {_SHARDS}, got {images}")
-    loaded = load_weights(weights)
-    given = loaded.input_settings(**dict.fromkeys(INPUT_SETTINGS))
-    model_size: dict[str, Any] = {"min_size": given["min_size"], "max_size": given["max_size"]}
+    sizes = parse_size(asked.image_size)
+    if asked.images < _SHARDS:
+        raise ConfigError(f"--images wanted at least {_SHARDS}, got {asked.images}")
     place = storage.parse_uri(folder).uri
+    config = _config(asked, place)
+    loaded = load_weights(config.weights)
+    given = loaded.input_settings(**{name: getattr(config, name) for name in INPUT_SETTINGS})
+    config = config.model_copy(update=given)
     with ray_session() as cluster:
         if cluster.num_nodes > 1 and storage.parse_uri(place).scheme == "file":
             raise ConfigError(f"the cluster has {cluster.num_nodes} nodes: --folder wanted a prefix that all can read")
-        drawn = write_photographs(place, sizes, num_images=images, with_sizes=not no_sizes)
-        config = _config(
-            drawn,
-            place,
-            weights=weights,
-            precision=precision,
-            device=device,
-            num_detectors=num_detectors,
-            images=images,
-            max_micro_batch=cap if null_detector else None,
-        )
-        layout = _layout(cluster, config, images)
-        load = _load_settings(config, drawn, model_size)
-        options: dict[str, Any] = {
-            "device": layout.device,
-            "precision": precision,
-            "num_threads": layout.detector_threads,
-        }
-        make: MakeDetector = functools.partial(Detector, loaded, **options)
-        if null_detector:
-            make = functools.partial(NullDetector, **model_size, max_micro_batch=cap)
+        layout = layout_for(config, cluster, asked.images)
+        drawn = write_photographs(place, sizes, num_images=asked.images, with_sizes=asked.with_sizes)
+        policy = fetch_policy(config, find_sources(config.manifest))
+        load = load_settings(config, policy, given, layout, pinned=config.model_dump())
+        null: MakeDetector | None = None
+        if asked.null_detector:
+            size = {"min_size": given["min_size"], "max_size": given["max_size"]}
+            null = functools.partial(NullDetector, **size, max_micro_batch=asked.cap)
+        make = null or fcos_maker(loaded, detector_options(config.labelling_settings(), layout))
         some = drawn.uris[:_STAGE_IMAGES]
-        detector = None if null_detector else Detector(loaded, **options)
-        stages = measure_stages(some, load, detector, output=storage.join(place, "stages"))
-        del detector
-        alone = detectors_alone(in_memory(some, load), make, layout, seconds=0.5 if null_detector else _ALONE_SECONDS)
-        summary = fr.run(config, make_detector=make if null_detector else None)
-        fill = _fill(config, cap) if null_detector else None
-    capacity = Capacity(alone, load_capacity(stages.load, layout), summary.images_per_second)
+        stages, alone = measure_stages(
+            some,
+            load,
+            make,
+            layout,
+            seconds=_ALONE_SECONDS if null is None else 0.5,
+            output=storage.join(place, "stages"),
+        )
+        summary = fr.run(config, make_detector=null)
+    capacity = Capacity(alone, summary.images_per_second)
     return {
-        "asked": {"image_size": image_size, "images": images, "weights": weights, "precision": precision},
+        "asked": asdict(asked),
         "machine": _machine(cluster),
         "layout": asdict(layout),
         "bytes_per_image": round(drawn.bytes_per_image),
         "stages": asdict(stages),
         "images_per_second": {
-            "detectors alone": capacity.detectors, "load alone": capacity.load, "whole job, steady": capacity.job,
+            "detectors alone": capacity.detectors,
+            "whole job, steady": capacity.job,
             "whole job, with start": summary.rows / summary.wall_seconds,
         },
-        "efficiency": None if null_detector else capacity.efficiency,
-        "fill": fill,
-        "bottleneck": None if null_detector else bottleneck(capacity, stages.load, layout),
-    }  # fmt: skip
+        "efficiency": None if asked.null_detector else capacity.efficiency,
+        "fill": _fill(config, asked.cap) if asked.null_detector else None,
+        "bottleneck": None if asked.null_detector else bottleneck(capacity, stages, load, layout),
+    }
 
 
-def _config(drawn: Photographs, folder: str, *, images: int, **settings: Any) -> fr.JobConfig:
+def _config(asked: Asked, folder: str) -> fr.JobConfig:
     local = storage.parse_uri(folder).scheme == "file"
     return fr.JobConfig(
-        manifest=[drawn.manifest],
+        manifest=[storage.join(folder, MANIFEST)],
         output=storage.join(folder, "labels"),
         allow_root=[folder] if local else [],
-        shard_rows=max(1, images // _SHARDS),
-        **settings,
-    )
-
-
-def _layout(cluster: Cluster, config: fr.JobConfig, num_rows: int) -> Layout:
-    return plan_layout(
-        cluster,
-        num_rows=num_rows,
-        device=config.device,
-        num_detectors=config.num_detectors,
-        gpus_per_detector=config.gpus_per_detector,
-        load_cpus=config.load_cpus,
-        max_micro_batch=config.max_micro_batch,
-    )
-
-
-def _load_settings(config: fr.JobConfig, drawn: Photographs, model_size: dict[str, Any]) -> LoadSettings:
-    return LoadSettings(
-        fetch=FetchPolicy(
-            allow_roots=(storage.parent(drawn.manifest),) if config.allow_root else (),
-            concurrency=config.fetch_concurrency,
-        ),
-        max_pixels=config.max_pixels,
-        decode_deadline_seconds=config.decode_deadline_seconds,
-        decode_memory_bytes=config.decode_memory_bytes,
-        exact_resize=config.exact_resize,
-        **model_size,
+        shard_rows=asked.images // _SHARDS,
+        max_micro_batch=asked.cap if asked.null_detector else None,
+        **asked.settings,
     )
 
 
 def _fill(config: fr.JobConfig, cap: int) -> float:
-    """Mean fill of the micro-batches, from what the null detector wrote into its boxes."""
-    found = fr.open_dataset(config.output).rows().to_arrow()["boxes"].to_pylist()
-    return mean_fill([boxes[0][2] for boxes in found], max_micro_batch=cap)
+    """Mean fill of the micro-batches, from what the null detector wrote as scores."""
+    found = fr.open_dataset(config.output).rows().to_arrow()["scores"].drop_null().to_pylist()
+    return mean_fill([scores[0] for scores in found], max_micro_batch=cap)
 
 
 def _machine(cluster: Cluster) -> dict[str, Any]:

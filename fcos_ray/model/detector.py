@@ -134,12 +134,12 @@ class Detector:
         """
         return self._detect([check_image(image, index) for index, image in enumerate(images)])
 
-    @torch.inference_mode()
-    def finishing(self, image: Image) -> Callable[[], None]:
-        """The last step of one image, for measuring: what follows backbone and head, as often as it is called."""
+    def finishing(self, image: Image) -> Callable[[], object]:
+        """For measuring: what follows backbone and head on one image, as often as it is called."""
         given = self._input(image, 0)
-        outputs = self._forward(self._prepare([given]))
-        return lambda: _run_finish(self, outputs, given)
+        with torch.inference_mode():
+            outputs = self._forward(self._prepare([given]))
+        return torch.inference_mode()(lambda: self._finish(outputs, [given]))
 
     def _detect(self, images: Sequence[Image | Tensor]) -> list[Detections | DetectError]:
         results: dict[int, Detections | DetectError] = {}
@@ -250,11 +250,6 @@ class Detector:
     def _finish(self, outputs: HeadOutputs, inputs: Sequence[_Input]) -> list[Detections]:
         found = postprocess(outputs, [image.resized for image in inputs], **self._limits, **self._thresholds)
         return [_as_seen(f, image) for f, image in zip(found, inputs, strict=True)]
-
-
-@torch.inference_mode()
-def _run_finish(detector: Detector, outputs: HeadOutputs, given: _Input) -> None:
-    detector._finish(outputs, [given])
 
 
 def _as_seen(found: Found, image: _Input) -> Detections:
