@@ -84,12 +84,12 @@ def _show(found: dict[str, Any]) -> None:
     console.print(table)
     rates = {name: f"{rate:,.2f} images/s" for name, rate in found["images_per_second"].items() if rate is not None}
     for name, words in rates.items():
-        console.print(f"{name}: {words}")
+        console.print(f"{name}: {words}", soft_wrap=True)
     for name in ("efficiency", "fill"):
         if found[name] is not None:
-            console.print(f"{name}: {found[name]:.2f}")
+            console.print(f"{name}: {found[name]:.2f}", soft_wrap=True)
     if found["bottleneck"]:
-        console.print(found["bottleneck"])
+        console.print(found["bottleneck"], soft_wrap=True)
 
 
 if __name__ == "__main__":
