@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchvision.models.detection import FCOS
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
-from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from fcos_ray.model.architectures import Weights
 from fcos_ray.model.weights import load_weights
 from fcos_ray.types import Detections
 from tests.parity import from_torchvision
+from tests.torchvision_model import torchvision_model
 
 # Two threads that wait for each other on a busy machine are much slower than one: tests here took 5 times as long.
 torch.set_num_threads(1)
@@ -33,15 +31,7 @@ def make_reference(weights: Weights) -> Callable[..., Reference]:
     """torchvision's own model, fed one image at a time."""
 
     def make(norm_layer: Callable[..., nn.Module] = FrozenBatchNorm2d, **settings: Any) -> Reference:
-        backbone = resnet_fpn_backbone(
-            backbone_name="resnet50",
-            weights=None,
-            norm_layer=norm_layer,
-            returned_layers=[2, 3, 4],
-            extra_blocks=LastLevelP6P7(256, 256),
-        )
-        model = FCOS(backbone, weights.num_classes, **settings).eval()
-        model.load_state_dict({key: torch.tensor(value) for key, value in weights.state.items()}, strict=False)
+        model = torchvision_model(weights, norm_layer, **settings)
 
         def detect(image: Any) -> Detections:
             if isinstance(image, np.ndarray):
