@@ -14,9 +14,11 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Final
 
+import pyarrow as pa
 import ray
 import ray.data
 from ray.exceptions import RayError, RayTaskError
@@ -59,32 +61,49 @@ class ExecutionSettings:
 class ExecutionStats:
     """What this process did."""
 
+    num_detectors: int = 1  # at most at a time
     num_discarded: int = 0  # shards that another writer committed first
     first_commit: float | None = None  # time.monotonic()
-    num_blocks: int = 0  # that came from the detectors
-    rows_after_first: int = 0  # of blocks after each detector's first
-    first_blocks: float | None = None  # when as many blocks had come as there are detectors
-    last_block: float | None = None
+    clocks: dict[str, DetectorClock] = field(default_factory=dict)  # by detector
 
-    def count_block(self, num_rows: int, *, num_detectors: int) -> None:
-        """A block of results has come.
-
-        Before each detector has given one, blocks are on their way that were begun before: counted from the first commit
-        on, they made 8 images appear half again as fast as they were.
-        """
-        self.num_blocks += 1
-        now = time.monotonic()
-        if self.num_blocks == num_detectors:
-            self.first_blocks = now
-        elif self.num_blocks > num_detectors:
-            self.rows_after_first, self.last_block = self.rows_after_first + num_rows, now
+    def count_block(self, rows: pa.Table) -> None:
+        """A block of results has come. Its detector says when it was done: the driver gets blocks in bursts, asked ahead."""
+        if not rows.num_rows:
+            return
+        done, name = (rows[column][0].as_py() for column in ("detected_at", "detected_by"))
+        if name in self.clocks:
+            self.clocks[name].count(rows.num_rows, done)
+        else:
+            self.clocks[name] = DetectorClock(done, done, rows.num_rows)
 
     @property
     def images_per_second(self) -> float | None:
-        """Steady state: from when each detector has given its first block to the last; None with no more than those."""
-        if self.first_blocks is None or self.last_block is None or self.last_block <= self.first_blocks:
+        """Steady state: what each detector did from its first block to its last, added up. None where none gave two.
+
+        One clock for all would count what was under way when it began, and who had nothing left before it ended.
+        """
+        timed = [clock for clock in self.clocks.values() if clock.num_rows]
+        seconds = sum((clock.last - clock.first).total_seconds() for clock in timed)
+        if not seconds:
             return None
-        return self.rows_after_first / (self.last_block - self.first_blocks)
+        mean = sum(clock.num_rows for clock in timed) / seconds
+        return mean * min(self.num_detectors, len(timed))  # one that died and its successor are not two
+
+
+@dataclass(slots=True)
+class DetectorClock:
+    """When one detector's first and last block were done, and the rows of all after the first."""
+
+    first: datetime
+    last: datetime
+    first_rows: int
+    num_rows: int = 0
+
+    def count(self, num_rows: int, done: datetime) -> None:
+        """Another block, which may have been done before the others."""
+        if done < self.first:
+            self.first, self.first_rows, num_rows = done, num_rows, self.first_rows
+        self.num_rows, self.last = self.num_rows + num_rows, max(self.last, done)
 
 
 class Execution:
@@ -110,9 +129,11 @@ class Execution:
         self._commits: dict[ray.ObjectRef[bool], WholeShard] = {}
         self._progress: RunProgress | None = None
         self._next_look = time.monotonic() + _LOOK_SECONDS
-        self.stats = ExecutionStats()
+        self.stats = ExecutionStats(layout.num_detectors)
         context = ray.data.DataContext.get_current()
         context.execution_no_progress_timeout_s = settings.stall_seconds
+        # It advises twice a minute to reserve what a worker takes; what an image may take is bounded in the load stage
+        context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
         context.raise_original_map_exception = True  # else a stage's error arrives without its class
         context.enable_progress_bars = False
         context.print_on_execution_start = False
@@ -216,7 +237,7 @@ class Execution:
         try:
             with closing(result_rows(missing, self._stages)) as results:
                 for rows in results:
-                    self.stats.count_block(rows.num_rows, num_detectors=self._stages.layout.num_detectors)
+                    self.stats.count_block(rows)
                     for whole in gather.add(rows):
                         if whole.may_commit(max_transient_fraction=self._settings.max_transient_fraction):
                             self._submit(whole, files)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import functools
 import time
+import uuid
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -175,7 +177,7 @@ class _Detect:
     def __init__(self, make_detector: MakeDetector, roll: Roll | None) -> None:
         if roll is not None:
             roll.add_detector()
-        self._roll = roll
+        self._roll, self._name = roll, uuid.uuid4().hex
         self._detector = make_detector()
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -194,6 +196,9 @@ class _Detect:
         for place, answer in zip(places, answers, strict=True):
             results[place]["detect_seconds"] = seconds
             results[place] |= _found(answer) if isinstance(answer, Detections) else failure(answer)
+        done = {"detected_at": datetime.now(UTC), "detected_by": self._name}
+        for result in results:
+            result |= done
         return pa.Table.from_pylist(results, RESULT_SCHEMA)
 
 

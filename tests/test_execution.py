@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 
+import pyarrow as pa
 import pytest
 
 from fcos_ray.execution import ExecutionStats
+from fcos_ray.outputs.schema import RESULT_SCHEMA
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def stats_of(
-    blocks: Sequence[tuple[float, int]], monkeypatch: pytest.MonkeyPatch, num_detectors: int
-) -> ExecutionStats:
-    """Blocks as (when they come, images)."""
-    stats, now = ExecutionStats(), 0.0
-    monkeypatch.setattr("fcos_ray.execution.time.monotonic", lambda: now)
-    for when, num_rows in blocks:
-        now = when
-        stats.count_block(num_rows, num_detectors=num_detectors)
+def stats_of(blocks: Sequence[tuple[float, int, str]], num_detectors: int) -> ExecutionStats:
+    """Blocks as (when they were done, images, by whom), in the order in which they come; when they come does not matter."""
+    stats = ExecutionStats(num_detectors)
+    for done, num_rows, name in blocks:
+        row = {"shard": 0, "row": 0, "detected_at": START + timedelta(seconds=done), "detected_by": name}
+        stats.count_block(pa.Table.from_pylist([row] * num_rows, RESULT_SCHEMA))
     return stats
 
 
-def test_the_rate_begins_when_each_detector_has_given_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three detectors at 1 image/s each, blocks of 10 that were begun one second after another."""
-    blocks = [(10.0 * k + shift, 10) for k in range(1, 6) for shift in range(3)]
-    stats = stats_of(blocks, monkeypatch, num_detectors=3)
-    assert stats.images_per_second == pytest.approx(3.0)
-    assert stats_of(blocks[:4], monkeypatch, num_detectors=3).images_per_second == pytest.approx(10 / 8)
+def steady(name: str, start: float, num_blocks: int) -> list[tuple[float, int, str]]:
+    """One detector at 1 image/s, blocks of 10."""
+    return [(start + 10.0 * k, 10, name) for k in range(1, num_blocks + 1)]
 
 
-@pytest.mark.parametrize("num_blocks", [0, 1, 3])
-def test_no_more_than_the_first_blocks_tell_no_rate(monkeypatch: pytest.MonkeyPatch, num_blocks: int) -> None:
-    stats = stats_of([(float(k), 10) for k in range(num_blocks)], monkeypatch, num_detectors=3)
-    assert stats.images_per_second is None
+def test_the_rate_is_what_detectors_do_from_their_first_block_to_their_last() -> None:
+    """They start one after another, and one has nothing left while another is at work: neither is the steady state."""
+    blocks = [*steady("a", 0, 9), *steady("b", 7, 5), *steady("c", 31, 2)]
+    assert stats_of(blocks, num_detectors=3).images_per_second == pytest.approx(3.0)
+
+
+def test_the_order_in_which_blocks_come_does_not_matter() -> None:
+    blocks = [*steady("a", 0, 9), *steady("b", 7, 5)]
+    swapped = [*reversed(blocks), (0.0, 0, "a")]
+    assert stats_of(swapped, num_detectors=2).images_per_second == pytest.approx(2.0)
+
+
+def test_a_detector_that_died_and_its_successor_are_one() -> None:
+    blocks = [*steady("a", 0, 5), *steady("b", 0, 2), *steady("c", 40, 3)]
+    assert stats_of(blocks, num_detectors=2).images_per_second == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("blocks", [[], steady("a", 0, 1), [*steady("a", 0, 1), *steady("b", 1, 1)]])
+def test_a_block_each_tells_no_rate(blocks: list[tuple[float, int, str]]) -> None:
+    assert stats_of(blocks, num_detectors=2).images_per_second is None

@@ -42,12 +42,14 @@ RESULT_SCHEMA: Final = pa.schema(
         pa.field("fetch_seconds", pa.float32()),
         pa.field("decode_seconds", pa.float32()),  # with shrinking
         pa.field("detect_seconds", pa.float32()),
+        pa.field("detected_at", UTC),  # when its block was done, by its node's clock
+        pa.field("detected_by", pa.string()),  # which detector
     ]
 )
 
 # A loaded image between load and detect: a result row without detections, and its pixels unless it failed.
 LOADED_SCHEMA: Final = pa.schema(
-    [f for f in RESULT_SCHEMA if f.name not in ("boxes", "labels", "scores", "detect_seconds")]
+    [f for f in RESULT_SCHEMA if f.name not in ("boxes", "labels", "scores") and not f.name.startswith("detect")]
     + [
         pa.field("pixels", pa.large_binary()),  # pixel_height × pixel_width × 3, uint8 RGB
         pa.field("pixel_height", pa.int32()),
