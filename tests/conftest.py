@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before anything imports Ray or botocore.
@@ -81,11 +82,17 @@ def s3_server() -> Iterator[RgwServer]:
 @pytest.fixture
 def fresh_client() -> Iterator[None]:
     """S3 clients are made anew, from the environment as it is then."""
+    drop_s3_clients()
+    yield
+    drop_s3_clients()
+
+
+def drop_s3_clients() -> None:
+    """Ended here: collected while S3Faults' loop runs, s3fs would end them on that one, and asyncio logs an error."""
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
-    yield
-    s3fs.S3FileSystem.clear_instance_cache()
+    gc.collect()
 
 
 @pytest.fixture
@@ -93,14 +100,12 @@ def s3_faults(
     s3_server: RgwServer, monkeypatch: pytest.MonkeyPatch, fresh_client: None
 ) -> Iterator[Callable[..., S3Faults]]:
     """`s3_faults(treat, …)`: from here on this process, and what it starts, reaches the server through S3Faults only."""
-    import s3fs
-
     with ExitStack() as stack:
 
         def make(treat: Treat, **options: Any) -> S3Faults:
             proxy = stack.enter_context(S3Faults(s3_server.endpoint, treat, **options))
             monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-            s3fs.S3FileSystem.clear_instance_cache()
+            drop_s3_clients()
             return proxy
 
         yield make

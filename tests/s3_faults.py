@@ -185,6 +185,8 @@ class S3Faults:
         elif kind == "stall":
             await asyncio.sleep(self._stall_seconds)
         else:
+            if kind == "late":
+                await asyncio.sleep(self._stall_seconds)
             answer = await self._forward(request)
             head, _, body = answer.partition(b"\r\n\r\n")
             if kind == "truncate":  # all but the end, and a proper goodbye

@@ -42,6 +42,7 @@ _CREDENTIAL_CODES: Final = {"InvalidAccessKeyId", "InvalidToken", "SignatureDoes
 _CREDENTIAL_ERRORS: Final = (
     boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.TokenRetrievalError,
 )  # fmt: skip
+_FIRST_WINDOW: Final = 8  # images under way while no size is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +58,21 @@ class FetchPolicy:
     deadline_seconds: float = 120.0  # one image over max_attempts, and over the last ones again
     max_attempts: int = 10
     concurrency: int = 32  # images in flight, or read and not yet taken
+    held_bytes: int = 256 * 2**20  # of all of those, where each were as large as the largest that came
 
     def __post_init__(self) -> None:
         known = (*_SCHEMES, *WEB_SCHEMES)
         unknown = sorted(set(self.allow_schemes) - set(known))
         if unknown:
             raise ValueError(f"allow_schemes may hold {', '.join(known)}, got {', '.join(unknown)}")
-        if min(self.max_bytes, self.max_attempts, self.concurrency) < 1:
-            raise ValueError("max_bytes, max_attempts and concurrency must be at least 1")
+        if min(self.max_bytes, self.max_attempts, self.concurrency, self.held_bytes) < 1:
+            raise ValueError("max_bytes, max_attempts, concurrency and held_bytes must be at least 1")
+
+    def window(self, largest: int | None) -> int:
+        """How many images may be under way when the largest so far had so many bytes; None: none has come."""
+        if largest is None:
+            return min(self.concurrency, _FIRST_WINDOW)
+        return max(1, min(self.concurrency, self.held_bytes // max(1, largest)))
 
 
 def reason_to_refuse(uri: str, policy: FetchPolicy) -> str | None:
@@ -99,16 +107,18 @@ def fetch_many(uris: Sequence[str], policy: FetchPolicy) -> Iterator[tuple[int, 
     """Read many, in order of completion, as (position in `uris`, its bytes or why there are none).
 
     At most `policy.concurrency` are in flight or read and not yet taken: the next one starts when the caller comes
-    back. Closing the iterator ends what is in flight. Anything but a store's error (a bug) propagates.
+    back. Fewer where images are large: as many as `policy.held_bytes` hold of the largest so far. Closing the iterator
+    ends what is in flight. Anything but a store's error (a bug) propagates.
     """
     loop = get_loop()
     tasks: set[asyncio.Task[Any]] = set()
     done: queue.SimpleQueue[tuple[int, Future[_Fetched | FetchError]]] = queue.SimpleQueue()
     todo = enumerate(uris)
     under_way = 0
+    largest: int | None = None
     try:
         while True:
-            for index, uri in islice(todo, policy.concurrency - under_way):
+            for index, uri in islice(todo, max(0, policy.window(largest) - under_way)):
                 future = asyncio.run_coroutine_threadsafe(_tracked(tasks, _fetch(uri, policy)), loop)
                 future.add_done_callback(partial(_report, done, index))
                 under_way += 1
@@ -116,6 +126,8 @@ def fetch_many(uris: Sequence[str], policy: FetchPolicy) -> Iterator[tuple[int, 
                 return
             index, future = done.get()
             fetched = future.result()
+            if isinstance(fetched, _Fetched):
+                largest = max(largest or 0, len(fetched.data))
             yield index, fetched if isinstance(fetched, FetchError) else fetched.content()
             under_way -= 1
     finally:

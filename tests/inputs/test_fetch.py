@@ -192,6 +192,24 @@ def test_at_most_concurrency_are_in_flight_or_waiting(s3_bucket: str, s3_faults)
     assert proxy.num_requests == 20
 
 
+@pytest.mark.parametrize(("size", "window"), [(1000, 32), (1_000_000, 4)])
+def test_a_link_with_latency_is_filled_and_large_images_do_not_pile_up(
+    s3_bucket: str, s3_faults, size: int, window: int
+) -> None:
+    """50 ms before each answer: what bounds a load task then is how many requests are under way."""
+    storage.create(f"{s3_bucket}/x", b"x" * size)
+    proxy = s3_faults(lambda _: "late", stall_seconds=0.05)
+    results = fetch_many([f"{s3_bucket}/x"] * 100, FetchPolicy(held_bytes=4_000_000))
+    next(results)
+    time.sleep(0.5)
+    assert proxy.num_requests == 8, "nothing was known of their sizes"
+    for _ in range(50):
+        assert isinstance(next(results)[1], Content)
+    time.sleep(0.5)
+    assert proxy.num_requests == 50 + window  # the last one taken counts until the next is asked for
+    assert len(list(results)) == 49
+
+
 def tasks_on_the_loop() -> int:
     async def count() -> int:
         return len([t for t in asyncio.all_tasks() if "_tracked" in repr(t)])
