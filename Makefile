@@ -33,10 +33,12 @@ chaos: install  ## kills, stops, a failing store, an outage of two minutes: an h
 	$(BIN)/python -m tests.chaos.harness --rounds $(ROUNDS) --seed $(SEED)
 	CHAOS_IMAGES=$(IMAGES) FCOS_RAY_MUTATED_IMAGES=20000 $(BIN)/python -m pytest -rP tests/chaos tests/inputs/test_mutated_images.py
 
-bench: install  ## speed against what people write, and a night's plan against 100 million images (FOLDER keeps 6 GB)
+bench: install  ## speed against what people write (hours), and a night's plan against 100 million images (FOLDER keeps 6 GB)
 	$(BIN)/python -m tests.benchmarks.postprocess_speed
 	$(BIN)/python -m tests.benchmarks.load_speed
 	$(BIN)/python -m tests.benchmarks.plan_history --folder $(FOLDER)
+	$(BIN)/pip install --quiet --editable '.[dev,peers]'
+	$(BIN)/python -m tests.benchmarks.peers --images 400
 
 readme: install  ## the README's settings table, from the definition
 	$(BIN)/python tests/test_readme.py

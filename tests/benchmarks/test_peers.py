@@ -1,0 +1,61 @@
+"""tests/benchmarks/peers.py: how it counts, and a turn of the plain loop and of the job."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.peers import found_again
+from tests.benchmarks.turns import End, steady_seconds
+
+FOUND = {"a.jpg": {"boxes": [[0, 0, 10, 10], [5, 5, 5, 5]], "labels": [1, 2], "scores": [0.9, 0.5]}, "b.jpg": {}}
+FOUND["b.jpg"] = {"boxes": [], "labels": [], "scores": []}
+
+
+def test_the_steady_state_is_the_sum_of_each_workers_own() -> None:
+    one = [End(at=10.0 + 2 * k, images=4, worker=1) for k in range(5)]  # 2 images/s
+    other = [End(at=11.0 + k, images=1, worker=2) for k in range(5)]  # 1 image/s
+    assert steady_seconds([*other, *reversed(one)]) == pytest.approx(1 / 3)
+    assert steady_seconds([one[0], other[0]]) is None
+    assert steady_seconds([]) is None
+
+
+def test_what_is_found_again_has_the_same_label_within_two_pixels() -> None:
+    assert found_again(FOUND, FOUND) == 1
+    near = deepcopy(FOUND)
+    near["a.jpg"]["boxes"][0] = [1, 0, 11.5, 10]
+    assert found_again(near, FOUND) == 1
+    far, renamed = deepcopy(FOUND), deepcopy(FOUND)
+    far["a.jpg"]["boxes"][0] = [3, 0, 10, 10]
+    renamed["a.jpg"]["labels"][1] = 3
+    assert found_again(far, FOUND) == found_again(renamed, FOUND) == 0.5
+    more = deepcopy(FOUND)
+    more["b.jpg"] = {"boxes": [[0, 0, 1, 1]], "labels": [1], "scores": [0.3]}
+    assert found_again(more, FOUND) == 0.8
+
+
+@pytest.mark.ray
+def test_the_loop_and_the_job_find_the_same(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.peers", "--peers", "fcos_ray-fp32,plain"]
+    sizes = ["--images", "3", "--rounds", "1", "--json", str(tmp_path / "peers.json")]
+    done = subprocess.run([*command, *sizes], text=True, capture_output=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "peers.json").read_text())
+    plain, ours = told["rows"]
+    assert (plain["peer"], ours["peer"]) == ("plain", "fcos_ray-fp32")
+    assert ours["turns"][0]["found_again"] >= 0.99
+    assert plain["turns"][0]["steady_seconds"] > 0
+    assert "| fcos_ray, fp32 |" in done.stdout
+    assert " cores; torch " in done.stdout
+
+
+def test_an_unknown_peer_is_refused() -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.peers", "--peers", "plain,yolo"]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=100)
+    assert done.returncode == 2
+    assert "got yolo" in done.stderr
