@@ -120,7 +120,8 @@ def _describe_stall(hung: Sequence[AtWork], stages: Stages) -> str:
     for work in hung[:_NAMED_WORKERS]:
         images = ", ".join(_uri(stages, *row) for row in work.rows[:_NAMED_WORKERS])
         more = f" and {len(work.rows) - _NAMED_WORKERS} more" if len(work.rows) > _NAMED_WORKERS else ""
-        named.append(f"{work.stage} on {work.address} (pid {work.pid}) for {work.seconds:.0f} s: {images}{more}")
+        what = f"for {work.seconds:.0f} s: {images}{more}" if work.rows else "without images, which does not answer"
+        named.append(f"{work.stage} on {work.address} (pid {work.pid}) {what}")
     others = f"; and {len(hung) - _NAMED_WORKERS} other workers" if len(hung) > _NAMED_WORKERS else ""
     return f"nothing moved; at work are {'; '.join(named)}{others}"
 

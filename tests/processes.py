@@ -64,6 +64,14 @@ def titled(pid: int, words: str) -> list[int]:
     return found
 
 
+def cpu_seconds(pid: int) -> float:
+    """What a process has computed so far; 0 when it is gone."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
 def kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
