@@ -1,23 +1,24 @@
 """Fetch: uri -> bytes. Knows networks and object stores, not images.
 
-All reading happens on s3fs's own event loop; whoever iterates over `fetch_many` only hashes and waits. Linux only: local
-files are opened through O_PATH and /proc. http.py has the web.
+Networks are read on s3fs's own event loop, local files on threads; whoever iterates over `fetch_many` only hashes and
+waits. A local file that does not come at once goes on on the loop, which has the clocks. Linux only: local files are opened
+through O_PATH and /proc. http.py has the web.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import hashlib
 import os
 import queue
 import stat
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from itertools import islice
 from typing import Any, Final
 
@@ -43,6 +44,8 @@ _CREDENTIAL_ERRORS: Final = (
     boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.TokenRetrievalError,
 )  # fmt: skip
 _FIRST_WINDOW: Final = 8  # images under way while no size is known
+_READERS: Final = 32  # threads that read local files, in a process; as many as it needs are started
+_LOOK_SECONDS: Final = 1.0  # without any image: local files that are still being read go on on the loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,36 +113,78 @@ def fetch_many(uris: Sequence[str], policy: FetchPolicy) -> Iterator[tuple[int, 
     back. Fewer where images are large: as many as `policy.held_bytes` hold of the largest so far. Closing the iterator
     ends what is in flight. Anything but a store's error (a bug) propagates.
     """
-    loop = get_loop()
-    tasks: set[asyncio.Task[Any]] = set()
-    done: queue.SimpleQueue[tuple[int, Future[_Fetched | FetchError]]] = queue.SimpleQueue()
-    todo = enumerate(uris)
+    fetching = _Fetching(uris, policy)
+    todo = iter(range(len(uris)))
     under_way = 0
     largest: int | None = None
     try:
         while True:
-            for index, uri in islice(todo, max(0, policy.window(largest) - under_way)):
-                future = asyncio.run_coroutine_threadsafe(_tracked(tasks, _fetch(uri, policy)), loop)
-                future.add_done_callback(partial(_report, done, index))
+            for index in islice(todo, max(0, policy.window(largest) - under_way)):
+                fetching.begin(index)
                 under_way += 1
             if not under_way:
                 return
-            index, future = done.get()
-            fetched = future.result()
+            index, fetched = fetching.take()
             if isinstance(fetched, _Fetched):
                 largest = max(largest or 0, len(fetched.data))
             yield index, fetched if isinstance(fetched, FetchError) else fetched.content()
             under_way -= 1
     finally:
         if under_way:
-            ending = asyncio.run_coroutine_threadsafe(_cancel(tasks), loop)
-            # A generator may be collected on the loop's own thread, which cannot wait for itself.
-            with suppress(TimeoutError):
-                ending.result(timeout=0 if _on(loop) else policy.timeout_seconds)
+            fetching.close()
 
 
-def _report(done: queue.SimpleQueue[Any], index: int, future: Future[Any]) -> None:
-    done.put((index, future))
+class _Fetching:
+    """What is being fetched. Local files are looked at on threads: going through the loop costs more than reading them.
+
+    Loading 64×64 JPEGs from a local disk: 1.02 -> 0.87 ms each, 0.63 -> 0.43 ms of it CPU time of the load task's.
+    """
+
+    def __init__(self, uris: Sequence[str], policy: FetchPolicy) -> None:
+        self._uris, self._policy, self._loop = uris, policy, get_loop()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._looks: dict[int, Future[_Fetched | FetchError]] = {}  # that were not taken, and are not on the loop
+        self._done: queue.SimpleQueue[tuple[int, Future[_Fetched | FetchError], bool]] = queue.SimpleQueue()
+
+    def begin(self, index: int) -> None:
+        """Start fetching one of the uris."""
+        if self._uris[index].startswith(("/", "file:")):
+            self._looks[index] = look = _readers().submit(_look, self._uris[index], self._policy)
+            look.add_done_callback(lambda look: self._done.put((index, look, True)))
+        else:
+            self._begin_on_loop(index)
+
+    def _begin_on_loop(self, index: int, look: Future[_Fetched | FetchError] | None = None) -> None:
+        work = _tracked(self._tasks, _fetch(self._uris[index], self._policy, look))
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future.add_done_callback(lambda future: self._done.put((index, future, False)))
+
+    def take(self) -> tuple[int, _Fetched | FetchError]:
+        """The next that is done."""
+        while True:
+            try:
+                index, future, is_look = self._done.get(timeout=_LOOK_SECONDS if self._looks else None)
+            except queue.Empty:
+                slow, self._looks = self._looks, {}
+                for index, look in slow.items():
+                    self._begin_on_loop(index, look)
+                continue
+            if not is_look:
+                return index, future.result()
+            if self._looks.pop(index, None) is None:
+                continue  # it goes on on the loop
+            if future.exception() is None:
+                return index, future.result()
+            self._begin_on_loop(index, future)
+
+    def close(self) -> None:
+        """End what is under way."""
+        for look in self._looks.values():
+            look.cancel()
+        ending = asyncio.run_coroutine_threadsafe(_cancel(self._tasks), self._loop)
+        # A generator may be collected on the loop's own thread, which cannot wait for itself.
+        with suppress(TimeoutError):
+            ending.result(timeout=0 if _on(self._loop) else self._policy.timeout_seconds)
 
 
 async def _tracked(tasks: set[asyncio.Task[Any]], work: Coroutine[Any, Any, _Fetched | FetchError]) -> Any:
@@ -189,13 +234,34 @@ class _UsedUp:
     message: str
 
 
-async def _fetch(uri: str, policy: FetchPolicy) -> _Fetched | FetchError:
-    """One image: attempts within a deadline, and a few more when they are used up but the store answers."""
+@functools.cache
+def _readers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_READERS, thread_name_prefix="fcos_ray-read")
+
+
+def _look(uri: str, policy: FetchPolicy) -> _Fetched | FetchError:
+    """A local file's first attempt. Raises what another attempt may mend, and what `_for_good` has words for."""
+    reason = reason_to_refuse(uri, policy)
+    if reason is not None:
+        return FetchError("uri_refused", reason)
+    try:
+        return _read_local(storage.parse_uri(uri).path, policy, 1)
+    except FetchError as error:
+        return error
+
+
+async def _fetch(
+    uri: str, policy: FetchPolicy, look: Future[_Fetched | FetchError] | None = None
+) -> _Fetched | FetchError:
+    """One image: attempts within a deadline, and a few more when they are used up but the store answers.
+
+    `look`: the first attempt, under way or failed.
+    """
     reason = reason_to_refuse(uri, policy)
     if reason is not None:
         return FetchError("uri_refused", reason)
     location = storage.parse_uri(uri)
-    fetched = await _attempts(location, policy)
+    fetched = await _attempts(location, policy, look=look)
     if isinstance(fetched, _UsedUp) and location.scheme not in WEB_SCHEMES:  # of the web nobody can be asked
         root = next((root for root in policy.allow_roots if _is_below(location.path, root)), None)
         if not await store_answers(location, root=root, timeout_seconds=policy.timeout_seconds):
@@ -206,9 +272,14 @@ async def _fetch(uri: str, policy: FetchPolicy) -> _Fetched | FetchError:
 
 
 async def _attempts(
-    location: storage.Location, policy: FetchPolicy, *, before: int = 0, num_attempts: int | None = None
+    location: storage.Location,
+    policy: FetchPolicy,
+    *,
+    before: int = 0,
+    num_attempts: int | None = None,
+    look: Future[_Fetched | FetchError] | None = None,
 ) -> _Fetched | FetchError | _UsedUp:
-    """Attempts within a deadline; `before` were made before them."""
+    """Attempts within a deadline; `before` were made before them, `look` is the first one."""
     attempt, last, asked_to_wait = before, "no answer", 0.0
     try:
         async with asyncio.timeout(policy.deadline_seconds) as deadline:
@@ -217,6 +288,8 @@ async def _attempts(
                     await asyncio.sleep(max(storage.backoff_seconds(attempt - before - 1), asked_to_wait))
                 try:
                     async with asyncio.timeout(policy.timeout_seconds):
+                        if look is not None and attempt == 1:
+                            return await asyncio.wrap_future(look)
                         return await _read(location, policy, attempt)
                 except FetchError as error:
                     return error
@@ -270,7 +343,7 @@ async def _read(location: storage.Location, policy: FetchPolicy, attempt: int) -
         )
         return _Fetched(answer.data, answer.etag, answer.last_modified, attempt)
     # A thread that hangs on a dead network disk cannot be ended; the deadline leaves it behind.
-    return await asyncio.to_thread(_read_local, location.path, policy, attempt)
+    return await asyncio.wrap_future(_readers().submit(_read_local, location.path, policy, attempt))
 
 
 async def _read_s3(path: str, policy: FetchPolicy, attempt: int) -> _Fetched:

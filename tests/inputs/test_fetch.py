@@ -8,11 +8,14 @@ import hashlib
 import os
 import pickle
 import socket
+import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import s3fs
@@ -311,6 +314,37 @@ def test_a_stale_handle_is_tried_again(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(fetch, "_read_local", flaky)
     assert one(str(tmp_path / "x"), allow_roots=(str(tmp_path),)).attempts == 3
+
+
+@pytest.mark.parametrize(("comes_after", "wanted"), [(1.5, Content), (20, FetchError)])
+def test_a_slow_local_file_is_read_once_and_keeps_none_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_after: float, wanted: type
+) -> None:
+    for k in range(30):
+        (tmp_path / f"{k}").write_bytes(b"%d" % k)
+    real, times_read, ended = fetch._read_local, Counter[str](), threading.Event()
+
+    def slow(path: str, *rest: Any) -> object:
+        times_read[path] += 1
+        if path.endswith("/7"):
+            ended.wait(comes_after)
+        return real(path, *rest)
+
+    monkeypatch.setattr(fetch, "_read_local", slow)
+    uris = [str(tmp_path / f"{k}") for k in range(30)]
+    policy = FetchPolicy(allow_roots=(str(tmp_path),), timeout_seconds=2.5, deadline_seconds=3, max_attempts=1)
+    try:
+        results = list(fetch_many(uris, policy))
+    finally:
+        ended.set()
+    assert [index for index, _ in results][-1] == 7
+    assert sorted(index for index, _ in results) == list(range(30))
+    assert {index: getattr(content, "data", None) for index, content in results[:-1]} == {
+        k: b"%d" % k for k in range(30) if k != 7
+    }
+    assert isinstance(results[-1][1], wanted)
+    assert times_read.pop(uris[7]) == 1 or wanted is FetchError, "its store answers: then it is tried again"
+    assert set(times_read.values()) == {1}
 
 
 @pytest.mark.parametrize(
