@@ -291,6 +291,11 @@ def encode(rng: np.random.Generator, pixels: Pixels) -> tuple[bytes, str]:
     return _saved(picture, "WEBP", quality=85, method=0), ".webp"
 
 
+def as_jpeg(pixels: Pixels, *, quality: int) -> bytes:
+    """A plain JPEG file."""
+    return _saved(PIL.Image.fromarray(pixels), "JPEG", quality=quality)
+
+
 def _saved(picture: PIL.Image.Image, format_: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format_, **options)

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", default="random:1", help="as for jobs/detect.py (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where the cluster has GPUs")
-    parser.add_argument("--fast-decode", action="store_true", help="as for jobs/detect.py")
+    parser.add_argument("--fast-decode", action="store_true", help="as for jobs/detect.py; says what it costs in mAP")
     parser.add_argument("--num-detectors", type=int, help="default: as many as the cluster holds")
     parser.add_argument(
         "--null-detector", action="store_true", help="no model: what reading, loading, gathering and committing can do"
@@ -88,6 +88,8 @@ def _show(found: dict[str, Any]) -> None:
     for name in ("efficiency", "fill"):
         if found[name] is not None:
             console.print(f"{name}: {found[name]:.2f}", soft_wrap=True)
+    if found["fast_decode"]:
+        console.print(found["fast_decode"]["words"], soft_wrap=True)
     if found["bottleneck"]:
         console.print(found["bottleneck"], soft_wrap=True)
 

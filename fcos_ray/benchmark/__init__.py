@@ -2,5 +2,6 @@
 
 photographs.py  draws JPEGs that cost what photographs cost
 stages.py       each stage alone, in seconds per image; detectors alone, in images per second
+fidelity.py     what --fast-decode costs in mAP
 verdict.py      what limits a job, in words
 """

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import fcos_ray as fr
 from fcos_ray import storage
+from fcos_ray.benchmark.fidelity import fast_decode_cost
 from fcos_ray.benchmark.photographs import MANIFEST, parse_size, write_photographs
 from fcos_ray.benchmark.stages import NullDetector, mean_fill, measure_stages
 from fcos_ray.benchmark.verdict import Capacity, bottleneck
@@ -75,6 +76,7 @@ def measure(folder: str, asked: Asked) -> dict[str, Any]:
             output=storage.join(place, "stages"),
         )
         summary = fr.run(config, make_detector=null)
+        cost = fast_decode_cost(load) if load.fast_decode and null is None else None
     capacity = Capacity(alone, summary.images_per_second)
     return {
         "asked": asdict(asked),
@@ -89,6 +91,7 @@ def measure(folder: str, asked: Asked) -> dict[str, Any]:
         },
         "efficiency": None if asked.null_detector else capacity.efficiency,
         "fill": _fill(config, asked.cap) if asked.null_detector else None,
+        "fast_decode": None if cost is None else asdict(cost),
         "bottleneck": None if asked.null_detector else bottleneck(capacity, stages, load, layout),
     }
 
