@@ -85,13 +85,24 @@ def _show(found: dict[str, Any]) -> None:
     rates = {name: f"{rate:,.2f} images/s" for name, rate in found["images_per_second"].items() if rate is not None}
     for name, words in rates.items():
         console.print(f"{name}: {words}", soft_wrap=True)
-    for name in ("efficiency", "fill"):
+    if model := found["model"]:
+        console.print(_about(model), soft_wrap=True)
+    for name in ("efficiency", "busy", "fill"):
         if found[name] is not None:
             console.print(f"{name}: {found[name]:.2f}", soft_wrap=True)
     if found["fast_decode"]:
         console.print(found["fast_decode"]["words"], soft_wrap=True)
     if found["bottleneck"]:
         console.print(found["bottleneck"], soft_wrap=True)
+
+
+def _about(model: dict[str, Any]) -> str:
+    rates = ", ".join(f"{rate:,.2f} images/s by {size}" for size, rate in model["images_per_second"].items())
+    return (
+        f"one detector at {model['padded_height']}×{model['padded_width']}: {rates}; {model['multiply_adds'] / 1e9:,.1f} G "
+        f"multiply-adds an image, {model['share_of_matmul']:.2f} of a matrix product's speed; "
+        f"{model['peak_memory_bytes'] / 1e9:,.2f} GB at most"
+    )
 
 
 if __name__ == "__main__":

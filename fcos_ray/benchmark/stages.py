@@ -20,6 +20,7 @@ from fcos_ray.inputs.fetch import fetch_many
 from fcos_ray.layout import Layout
 from fcos_ray.load import LoadSettings, decoder, load_tables, shrunk
 from fcos_ray.model.batches import micro_batches
+from fcos_ray.model.cost import ModelFigures, model_figures
 from fcos_ray.model.detector import Detector
 from fcos_ray.outputs.commit import ShardTarget, commit_shard
 from fcos_ray.outputs.gather import Gather
@@ -48,6 +49,15 @@ class StageSeconds:
     commit: float
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was measured on one set of images."""
+
+    stages: StageSeconds
+    detectors_alone: float  # images per second of all of the layout's at once
+    model: ModelFigures | None  # of one detector; None without a model
+
+
 def median_seconds(call: Callable[[], object], *, per: int) -> float:
     """Seconds of a call, divided by how many images it handles."""
     call()
@@ -61,8 +71,8 @@ def median_seconds(call: Callable[[], object], *, per: int) -> float:
 
 def measure_stages(
     uris: Sequence[str], load: LoadSettings, make_detector: MakeDetector, layout: Layout, *, seconds: float, output: str
-) -> tuple[StageSeconds, float]:
-    """Every stage on the same images; and images per second of all the layout's detectors at once, for so many seconds.
+) -> Measured:
+    """Every stage on the same images; and all the layout's detectors at once, for so many seconds.
 
     Loading is measured in a load task, the model in a detector: what the driver's machine can do does not count.
     """
@@ -70,6 +80,7 @@ def measure_stages(
     with _detectors(make_detector, layout) as actors:
         alone = _all_at_once(actors, images, seconds=seconds)
         forward, postprocess = ray.get(actors[0].parts.remote(list(images[:4])))
+        model = ray.get(actors[0].model.remote(images[0]))
         tables, loading = ray.get(_measure_load.options(num_cpus=layout.load_cpus).remote(uris, load))
 
         def transport() -> None:
@@ -81,7 +92,7 @@ def measure_stages(
     measured = StageSeconds(
         **loading, transport=carried, forward=forward, postprocess=postprocess, gather=gather, commit=commit
     )
-    return measured, alone
+    return Measured(measured, alone, model)
 
 
 def _fetch(uris: Sequence[str], load: LoadSettings) -> list[bytes]:
@@ -183,6 +194,10 @@ class _Alone:
         whole = median_seconds(lambda: self._detector.detect(images), per=len(images))
         finish = median_seconds(self._detector.finishing(images[0]), per=1)
         return whole - finish, finish
+
+    def model(self, image: Image) -> ModelFigures | None:
+        """What the model costs. None without one."""
+        return model_figures(self._detector, image) if isinstance(self._detector, Detector) else None
 
     def take(self, table: pa.Table) -> int:
         """Receive a table as the detect stage does."""

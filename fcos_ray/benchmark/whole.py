@@ -15,7 +15,7 @@ from fcos_ray import storage
 from fcos_ray.benchmark.fidelity import fast_decode_cost
 from fcos_ray.benchmark.photographs import MANIFEST, parse_size, write_photographs
 from fcos_ray.benchmark.stages import NullDetector, mean_fill, measure_stages
-from fcos_ray.benchmark.verdict import Capacity, bottleneck
+from fcos_ray.benchmark.verdict import Capacity, bottleneck, busy_share
 from fcos_ray.errors import ConfigError
 from fcos_ray.inputs.manifests import find_sources
 from fcos_ray.job import fcos_maker
@@ -67,7 +67,7 @@ def measure(folder: str, asked: Asked) -> dict[str, Any]:
             null = functools.partial(NullDetector, **size, max_micro_batch=asked.cap)
         make = null or fcos_maker(loaded, detector_options(config.labelling_settings(), layout))
         some = drawn.uris[:_STAGE_IMAGES]
-        stages, alone = measure_stages(
+        measured = measure_stages(
             some,
             load,
             make,
@@ -77,18 +77,21 @@ def measure(folder: str, asked: Asked) -> dict[str, Any]:
         )
         summary = fr.run(config, make_detector=null)
         cost = fast_decode_cost(load) if load.fast_decode and null is None else None
-    capacity = Capacity(alone, summary.images_per_second)
+    stages = measured.stages
+    capacity = Capacity(measured.detectors_alone, summary.images_per_second)
     return {
         "asked": asdict(asked),
         "machine": _machine(cluster),
         "layout": asdict(layout),
         "bytes_per_image": round(drawn.bytes_per_image),
         "stages": asdict(stages),
+        "model": None if measured.model is None else asdict(measured.model),
         "images_per_second": {
             "detectors alone": capacity.detectors,
             "whole job, steady": capacity.job,
             "whole job, with start": summary.rows / summary.wall_seconds,
         },
+        "busy": busy_share(capacity, stages, layout),
         "efficiency": None if asked.null_detector else capacity.efficiency,
         "fill": _fill(config, asked.cap) if asked.null_detector else None,
         "fast_decode": None if cost is None else asdict(cost),

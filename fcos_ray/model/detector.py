@@ -81,7 +81,7 @@ class Detector:
         num_threads: int | None = None,
     ) -> None:
         self.device = pick_device(device)
-        self._dtype = pick_precision(precision, self.device)
+        self.dtype = pick_precision(precision, self.device)
         self._limits: dict[str, Any] = {"max_detections": max_detections, "topk_candidates": topk_candidates}
         self._thresholds: dict[str, Any] = {"score_threshold": score_threshold, "nms_threshold": nms_threshold}
         channels: dict[str, Any] = {"image_mean": image_mean, "image_std": image_std}
@@ -94,7 +94,7 @@ class Detector:
             raise ConfigError("num_classes and categories belong to load_weights when weights are given loaded")
         self.weights = weights
         inputs = weights.input_settings(**sizes, **channels)
-        self._size: dict[str, int] = {name: inputs[name] for name in sizes}
+        self.input_size: dict[str, int] = {name: inputs[name] for name in sizes}
         self.max_micro_batch = max_micro_batch or MAX_MICRO_BATCH[self.device.type]
         self._lowered: dict[Shape, int] = {}  # micro-batches that did not fit into memory, by padded shape
         if num_threads is not None:
@@ -105,10 +105,10 @@ class Detector:
         model: Any = fold_batchnorm(build_model(weights, **inputs, **self._limits, **self._thresholds))
         self._mean = torch.tensor(model.transform.image_mean, device=self.device)[:, None, None]
         self._std = torch.tensor(model.transform.image_std, device=self.device)[:, None, None]
-        if self.device.type == "cpu" and self._dtype == torch.float32:  # in bf16 Winograd's transforms lose three bits
+        if self.device.type == "cpu" and self.dtype == torch.float32:  # in bf16 Winograd's transforms lose three bits
             quicken(model)
         # Weights in bf16 too, where autocast would convert them each time: 0.48 against 0.52 s per 640×480 image on 2 cores
-        self._model = model.to(self.device, self._dtype, memory_format=torch.channels_last)
+        self._model = model.to(self.device, self.dtype, memory_format=torch.channels_last)
 
     @property
     def categories(self) -> tuple[str, ...]:
@@ -160,13 +160,13 @@ class Detector:
 
     def _input(self, image: Image | Tensor, index: int) -> _Input:
         seen = (image.shape[1], image.shape[2]) if isinstance(image, Tensor) else (image.height, image.width)
-        resized, padded = resized_shape(*seen, **self._size), padded_shape(*seen, **self._size)
+        resized, padded = resized_shape(*seen, **self.input_size), padded_shape(*seen, **self.input_size)
         pixels = image if isinstance(image, Tensor) else image.pixels
         if isinstance(pixels, np.ndarray) and pixels.shape[:2] not in (seen, resized):
             raise ValueError(
                 f"images[{index}] is {seen[0]}×{seen[1]} (height × width) and was shrunk to "
                 f"{pixels.shape[0]}×{pixels.shape[1]}; this detector wants it shrunk to {resized[0]}×{resized[1]} "
-                f"(min_size={self._size['min_size']}, max_size={self._size['max_size']}), or not at all"
+                f"(min_size={self.input_size['min_size']}, max_size={self.input_size['max_size']}), or not at all"
             )
         return _Input(pixels, seen, resized, padded)
 
@@ -240,7 +240,7 @@ class Detector:
         return own.to(self.device, non_blocking=True).permute(2, 0, 1).to(torch.float32).div_(255)
 
     def _forward(self, batch: Tensor) -> HeadOutputs:
-        features = list(self._model.backbone(batch.to(self._dtype)).values())
+        features = list(self._model.backbone(batch.to(self.dtype)).values())
         heads = {name: outputs.float() for name, outputs in self._model.head(features).items()}
         # Anchors take shape and type from the features, and bf16 counts pixels in eights above 1024: fp32 stand-ins.
         shapes = [batch.new_empty(()).expand(level.shape) for level in features]

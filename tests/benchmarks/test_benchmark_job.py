@@ -18,7 +18,7 @@ import pytest
 from fcos_ray.analysis.audit import audit_output
 from fcos_ray.benchmark.photographs import draw_jpeg, parse_size, write_photographs
 from fcos_ray.benchmark.stages import NullDetector, StageSeconds, mean_fill
-from fcos_ray.benchmark.verdict import Capacity, bottleneck
+from fcos_ray.benchmark.verdict import Capacity, bottleneck, busy_share
 from fcos_ray.errors import ConfigError
 from fcos_ray.inputs.fetch import FetchPolicy
 from fcos_ray.layout import Layout
@@ -116,6 +116,14 @@ def test_what_limits_a_job_is_said_with_what_to_change(
     assert re.search(words, bottleneck(Capacity(detectors, job), stages, settings, layout))
 
 
+def test_a_detector_is_busy_for_what_it_computes() -> None:
+    stages = StageSeconds(0.0, 0.0, 0.0, 0.0, 0.0, 0.9, 0.1, 0.0, 0.0)
+    assert busy_share(Capacity(2.0, 1.5), stages, GPUS) == pytest.approx(0.75), (
+        "two detectors at an image a second each"
+    )
+    assert busy_share(Capacity(2.0, None), stages, GPUS) is None
+
+
 def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(JOB), *arguments], text=True, capture_output=True, timeout=380)
 
@@ -131,7 +139,14 @@ def test_the_job_measures_every_stage_and_the_whole() -> None:
     assert found["stages"]["load"] > found["stages"]["decode"]
     rates = found["images_per_second"]
     assert found["efficiency"] == pytest.approx(rates["whole job, steady"] / rates["detectors alone"])
-    assert found["bottleneck"] in " ".join(done.stderr.split())
+    busy = (found["stages"]["forward"] + found["stages"]["postprocess"]) * rates["whole job, steady"]
+    assert found["busy"] == pytest.approx(busy / found["layout"]["num_detectors"])
+    assert (found["model"]["padded_height"], found["model"]["padded_width"]) == (320, 448)
+    assert list(found["model"]["images_per_second"]) == ["1"], "a CPU's largest micro-batch"
+    assert 5e7 < found["model"]["peak_memory_bytes"] < 5e9
+    words = " ".join(done.stderr.split())
+    assert found["bottleneck"] in words
+    assert f"{found['model']['share_of_matmul']:.2f} of a matrix product's speed" in words
 
 
 @pytest.mark.ray
