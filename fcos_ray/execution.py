@@ -37,7 +37,10 @@ from fcos_ray.pipeline import MakeDetector, Stages, result_rows
 from fcos_ray.progress import RunProgress
 
 logger = logging.getLogger("fcos_ray")
+# Each is a process to start: 2 s of CPU, which a short run on few cores does without.
 _COMMITS_IN_FLIGHT: Final = 8
+_FIRST_COMMITS_IN_FLIGHT: Final = 2  # until so many are done:
+_FIRST_COMMITS: Final = 64
 _LOOK_SECONDS: Final = 30.0  # between looks whether the run is still open and others have done the rest: listings
 # Ray Data's loggers that tell of every execution that it ended, and that our setting of no progress bars was followed.
 _CHATTY: Final = ("ray.data._internal.execution.streaming_executor", "ray.data._internal.progress")
@@ -62,7 +65,8 @@ class ExecutionStats:
     """What this process did."""
 
     num_detectors: int = 1  # at most at a time
-    num_discarded: int = 0  # shards that another writer committed first
+    num_commits: int = 0  # that ended well
+    num_discarded: int = 0  # of them: shards that another writer committed first
     first_commit: float | None = None  # time.monotonic()
     clocks: dict[str, DetectorClock] = field(default_factory=dict)  # by detector
 
@@ -243,7 +247,9 @@ class Execution:
                             self._submit(whole, files)
                         else:
                             set_aside += whole.errors_by_code
-                    trouble = self._reap(leave=_COMMITS_IN_FLIGHT) or trouble
+                    few = self.stats.num_commits < _FIRST_COMMITS
+                    leave = _FIRST_COMMITS_IN_FLIGHT if few else _COMMITS_IN_FLIGHT
+                    trouble = self._reap(leave=leave) or trouble
                     if self._all_done_elsewhere():
                         break
         except RayError as error:
@@ -304,6 +310,7 @@ class Execution:
 
     def _count(self, whole: WholeShard, *, created: bool) -> None:
         rows = whole.rows.num_rows
+        self.stats.num_commits += 1
         if not created:
             self.stats.num_discarded += 1
         self.stats.first_commit = self.stats.first_commit or time.monotonic()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,6 +17,7 @@ from fcos_ray.errors import DetectError, FetchError, ImageError
 from fcos_ray.inputs.decode import probe
 from fcos_ray.inputs.fetch import FetchPolicy, fetch_many
 from fcos_ray.inputs.guard import GuardedDecoder
+from fcos_ray.inputs.shrink import shrink_into, shrink_to, use_one_thread
 from fcos_ray.outputs.schema import LOADED_SCHEMA
 from fcos_ray.sizes import Shape, padded_shape, resized_shape
 from fcos_ray.types import Content, Image
@@ -46,6 +45,7 @@ class LoadSettings:
 
 def load_tables(rows: pa.Table, settings: LoadSettings) -> Iterator[pa.Table]:
     """Rows of (shard, row, uri, refused, deleted) -> tables of LOADED_SCHEMA, at most _LOADED_BYTES of pixels each."""
+    use_one_thread()
     loaded = _Loaded(settings.micro_batch)
     for row in _loaded_rows(rows.to_pylist(), settings, loaded):
         loaded.add(row)
@@ -80,23 +80,22 @@ class _Loaded:
         self._valid: list[bool] = []
         self._used = 0
 
-    def hold(self, pixels: NDArray[np.uint8], padded: Shape | None = None) -> NDArray[np.uint8]:
-        """Copy the pixels of the next row into its table; another table begins where they do not fit.
+    def hold(self, shape: Shape, padded: Shape | None = None) -> NDArray[np.uint8]:
+        """Where the (height, width, 3) pixels of the next row go; another table begins where they do not fit.
 
         Also where the micro-batch of `padded` images that begins here would be torn by the table's end.
         """
         self._alike = self._alike + 1 if padded == self._last else 0
         self._last = padded
-        wanted = pixels.nbytes
+        wanted = num_bytes = shape[0] * shape[1] * 3
         if self._alike % self._micro_batch == 0:
-            wanted = max(wanted, min(self._micro_batch * pixels.nbytes, len(self._buffer)))
+            wanted = max(wanted, min(self._micro_batch * num_bytes, len(self._buffer)))
         if self._used + wanted > len(self._buffer):
             self._cut()
-            self._begin(max(pixels.nbytes, _LOADED_BYTES))
+            self._begin(max(num_bytes, _LOADED_BYTES))
             self._alike = 0
-        held = self._buffer[self._used : self._used + pixels.nbytes].reshape(pixels.shape)
-        np.copyto(held, pixels)
-        self._used += pixels.nbytes
+        held = self._buffer[self._used : self._used + num_bytes].reshape(*shape, 3)
+        self._used += num_bytes
         return held
 
     def add(self, row: dict[str, Any]) -> None:
@@ -191,7 +190,12 @@ def _decoded(data: bytes, settings: LoadSettings, loaded: _Loaded) -> dict[str, 
 
     def use(image: Image) -> NDArray[np.uint8]:
         padded = padded_shape(image.height, image.width, min_size=settings.min_size, max_size=settings.max_size)
-        return loaded.hold(image.pixels if settings.exact_resize else shrunk(image, settings), padded)
+        held = loaded.hold(_loaded_shape(image, settings), padded)
+        if held.shape == image.pixels.shape:
+            np.copyto(held, image.pixels)
+        else:
+            shrink_into(image.pixels, held)
+        return held
 
     try:
         image = _kept_decoder(settings).decode(data, use=use)
@@ -207,25 +211,19 @@ def _decoded(data: bytes, settings: LoadSettings, loaded: _Loaded) -> dict[str, 
     }
 
 
-def shrunk(image: Image, settings: LoadSettings) -> NDArray[np.uint8]:
-    """The pixels at the model's size where torchvision would shrink them, else as they are."""
+def _loaded_shape(image: Image, settings: LoadSettings) -> Shape:
+    """(height, width) of the pixels that are handed on: the model's where torchvision would shrink them."""
+    height, width = image.pixels.shape[:2]
+    if settings.exact_resize:
+        return height, width
     shape = resized_shape(image.height, image.width, min_size=settings.min_size, max_size=settings.max_size)
-    return image.pixels if shape[0] >= image.pixels.shape[0] else _shrink_to()(image.pixels, shape)
+    return (height, width) if shape[0] >= height else shape
 
 
-@functools.cache
-def _shrink_to() -> Callable[..., NDArray[np.uint8]]:
-    """model.batches.shrink_to; its torch costs 2 s, which only a worker pays that has something to shrink.
-
-    Imported beside the main thread: a cancelled task is interrupted there, and the half of torch that an interrupted import
-    leaves behind fails every later task of the worker (Ray 2.60, torch 2.14).
-    """
-    module = "fcos_ray.model.batches"
-    thread = threading.Thread(target=importlib.import_module, args=(module,))
-    thread.start()
-    thread.join()
-    shrink_to: Callable[..., NDArray[np.uint8]] = importlib.import_module(module).shrink_to
-    return shrink_to
+def shrunk(image: Image, settings: LoadSettings) -> NDArray[np.uint8]:
+    """The pixels that are handed on, in memory of their own where they are smaller."""
+    shape = _loaded_shape(image, settings)
+    return image.pixels if shape == image.pixels.shape[:2] else shrink_to(image.pixels, shape)
 
 
 def decoder(settings: LoadSettings) -> GuardedDecoder:

@@ -16,7 +16,7 @@ import s3fs
 import fcos_ray as fr
 from fcos_ray.errors import ERROR_CODES, ConfigError, OutputError, RunStopped
 from fcos_ray.inputs.decode import decode
-from fcos_ray.model.batches import shrink
+from fcos_ray.inputs.shrink import shrink
 from fcos_ray.sample import write_sample
 from fcos_ray.storage import MAX_ATTEMPTS
 from tests.corpus import (

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from fcos_ray import load
 from fcos_ray.inputs.decode import decode
 from fcos_ray.inputs.fetch import FetchPolicy
+from fcos_ray.inputs.shrink import shrink
 from fcos_ray.load import LoadSettings, _Loaded, load_tables
-from fcos_ray.model.batches import shrink
 from fcos_ray.outputs.schema import LOADED_SCHEMA
 from fcos_ray.pipeline import _image
 
@@ -79,7 +79,7 @@ def test_tables_are_cut_by_bytes_and_lose_nothing(sizes: list[int | None]) -> No
         for row, size in enumerate(sizes):
             shape = {}
             if size is not None:
-                loaded.hold(np.full((1, size, 3), row, np.uint8))
+                loaded.hold((1, size))[:] = row
                 shape = {"pixel_height": 1, "pixel_width": size}
             loaded.add({"shard": 0, "row": row, **shape})
             tables += loaded.full()
@@ -101,7 +101,7 @@ def test_pixels_are_copied_once_on_their_way_into_a_table(tmp_path: Path, exact_
     image = tmp_path / "image.png"
     PIL.Image.new("RGB", (1500, 2000)).save(image)  # 9 MB of pixels each, in a file of a few kB
     options = load_settings(tmp_path, exact_resize=exact_resize, min_size=1000, max_size=2000)
-    list(load_tables(rows_of(image), options))  # the child and torch are there now
+    list(load_tables(rows_of(image), options))  # the child is there now
     arrow = pa.default_memory_pool()
     arrow_before = arrow.max_memory()
     tracemalloc.start()
@@ -156,7 +156,7 @@ def test_no_micro_batch_is_torn_by_a_tables_end(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(load, "_LOADED_BYTES", 30)
     loaded, tables = _Loaded(micro_batch=4), []
     for row in range(14):
-        loaded.hold(np.zeros((1, 1, 3), np.uint8), (32, 32) if row < 12 else (32, 64))
+        loaded.hold((1, 1), (32, 32) if row < 12 else (32, 64))
         loaded.add({"shard": 0, "row": row})
         tables += loaded.full()
     tables += loaded.rest()

@@ -132,7 +132,7 @@ class Detector:
     def detect(self, images: Sequence[Image]) -> list[Detections | DetectError]:
         """Detect in images of any sizes; an image that fails gives its error instead. The order is kept.
 
-        An image may come already shrunk (`batches.shrink`): it is not resized again. Boxes are in pixels of the image as
+        An image may come already shrunk (`inputs.shrink`): it is not resized again. Boxes are in pixels of the image as
         seen, whichever size came. Raises ValueError for what is no image, or was shrunk to another detector's size.
         """
         return self._detect([check_image(image, index) for index, image in enumerate(images)])

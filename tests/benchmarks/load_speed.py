@@ -16,7 +16,7 @@ from torchvision.transforms.functional import to_tensor
 
 from fcos_ray.benchmark.photographs import draw_jpeg, parse_size
 from fcos_ray.inputs.guard import GuardedDecoder
-from fcos_ray.model.batches import shrink_to
+from fcos_ray.inputs.shrink import shrink_to
 from fcos_ray.sizes import resized_shape
 from fcos_ray.types import Image
 from tests.benchmarks.postprocess_speed import medians

@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import torch
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from fcos_ray.errors import DetectError
-from fcos_ray.model.batches import micro_batches, shrink
+from fcos_ray.model.batches import micro_batches
 from fcos_ray.sizes import padded_shape, resized_shape
-from tests.model.images import noise
 
 SIZES = [(800, 1333), (160, 266), (256, 256), (800, 800), (1, 1), (333, 1000)]
 
@@ -63,45 +60,6 @@ def test_an_image_torchvision_raises_on_is_too_thin() -> None:
     with pytest.raises(DetectError) as caught:
         padded_shape(1, 1334, min_size=800, max_size=1333)
     assert str(caught.value) == "image_too_thin: 1×1334 (height × width) would be resized to 0×1333 pixels"
-    with pytest.raises(DetectError, match="image_too_thin"):
-        shrink(noise(1, 1334), min_size=800, max_size=1333)
-
-
-def test_shrinking_is_torchvisions_resize_rounded() -> None:
-    for height, width in [(900, 1400), (1201, 801), (100, 3000), (801, 801)]:
-        pixels = noise(height, width)
-        small = shrink(pixels, min_size=800, max_size=1333)
-        wanted = transform(800, 1333).resize(torch.from_numpy(pixels).permute(2, 0, 1).float())[0]
-        assert small.dtype == np.uint8
-        assert small.flags.c_contiguous
-        assert small.shape == (*wanted.shape[1:], 3)
-        apart = np.abs(small.astype(np.float32) - wanted.permute(1, 2, 0).numpy())
-        assert apart.max() < 1.1  # the fixed-point kernel: at worst one step beside the nearest
-        assert apart.mean() < 0.4
-
-
-def test_what_torchvision_would_not_shrink_is_handed_back_as_it_is() -> None:
-    for height, width in [(800, 800), (1, 1), (799, 1300), (10, 1333)]:
-        pixels = noise(height, width)
-        assert shrink(pixels, min_size=800, max_size=1333) is pixels
-
-
-def test_shrinking_reads_memory_that_may_not_be_written() -> None:
-    pixels = noise(900, 900)
-    wanted = shrink(pixels, min_size=800, max_size=1333)
-    pixels.flags.writeable = False
-    np.testing.assert_array_equal(shrink(pixels, min_size=800, max_size=1333), wanted)
-
-
-def test_shrinking_takes_the_fast_path() -> None:
-    """5–15 ms for 12 megapixels; the slow layouts cost 46–370. The limit leaves room for a busy machine."""
-    pixels = noise(3000, 4000)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        shrink(pixels, min_size=800, max_size=1333)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.045
 
 
 def test_micro_batches_never_mix_shapes_and_hold_every_index_once() -> None:
