@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
             null_detector=options.null_detector,
             cap=options.cap,
             with_sizes=not options.no_sizes,
+            seconds=options.seconds,
         )
         with tempfile.TemporaryDirectory(prefix="fcos_ray-benchmark-") as folder:
             found = measure(options.folder or folder, asked)
@@ -66,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-detectors", type=int, help="default: as many as the cluster holds")
     parser.add_argument(
         "--null-detector", action="store_true", help="no model: what reading, loading, gathering and committing can do"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="of the detectors alone, whose speed drifts (default: %(default)s)"
     )
     parser.add_argument("--cap", type=int, default=16, help="images in a micro-batch at most, with --null-detector")
     parser.add_argument("--no-sizes", action="store_true", help="a manifest without width and height")

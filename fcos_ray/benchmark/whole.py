@@ -29,7 +29,6 @@ from fcos_ray.summary import versions
 
 _STAGE_IMAGES: Final = 16  # in the stages alone
 _SHARDS: Final = 20  # of the whole job
-_ALONE_SECONDS: Final = 20.0  # a detector's speed drifts by a tenth in a few seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +41,7 @@ class Asked:
     null_detector: bool = False  # no model
     cap: int = 16  # images in a micro-batch at most, without a model
     with_sizes: bool = True  # whether the manifest has width and height
+    seconds: float = 20.0  # of the detectors alone: their speed drifts by a tenth in a few seconds
 
 
 def measure(folder: str, asked: Asked) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def measure(folder: str, asked: Asked) -> dict[str, Any]:
             load,
             make,
             layout,
-            seconds=_ALONE_SECONDS if null is None else 0.5,
+            seconds=asked.seconds if null is None else 0.5,
             output=storage.join(place, "stages"),
         )
         summary = fr.run(config, make_detector=null)

@@ -131,7 +131,7 @@ def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.ray
 @pytest.mark.timeout(400)
 def test_the_job_measures_every_stage_and_the_whole() -> None:
-    done = run_job("--image-size", "160x120", "--images", "60", "--weights", "sample")
+    done = run_job("--image-size", "160x120", "--images", "40", "--weights", "sample", "--seconds", "2")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found["stages"]) == set(StageSeconds.__dataclass_fields__)
