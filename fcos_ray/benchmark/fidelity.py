@@ -41,7 +41,7 @@ def fast_decode_cost(load: LoadSettings) -> FastDecodeCost:
         check_installed()
     except EvaluationError as error:
         return FastDecodeCost(None, None, 0, f"what --fast-decode costs in mAP was not measured: {error}")
-    exact, fast = ray.get(_both.remote(load))
+    exact, fast = ray.get(ray.remote(num_cpus=1)(mean_ap_both_ways).remote(load, _IMAGES))
     words = (
         f"--fast-decode: box mAP {fast:.3f} instead of {exact:.3f} ({_IMAGES} drawings of {_WIDTH}×{_HEIGHT}, the sample "
         "weights). Its cost on your images: label some both ways, and jobs/evaluate.py"
@@ -49,9 +49,8 @@ def fast_decode_cost(load: LoadSettings) -> FastDecodeCost:
     return FastDecodeCost(exact, fast, _IMAGES, words)
 
 
-@ray.remote(num_cpus=1)
-def _both(load: LoadSettings) -> tuple[float, float]:
-    check_installed()
+def mean_ap_both_ways(load: LoadSettings, num_images: int) -> tuple[float, float]:
+    """Box mAP of as many drawings, decoded exactly and with --fast-decode."""
     weights = load_weights(_WEIGHTS)
     size = {name: weights.input_settings()[name] for name in ("min_size", "max_size")}
     settings = dataclasses.replace(load, exact_resize=False, **size)
@@ -59,7 +58,7 @@ def _both(load: LoadSettings) -> tuple[float, float]:
     drawings: list[Drawing] = []
     exact: list[Detections] = []
     fast: list[Detections] = []
-    for seed in range(_IMAGES):
+    for seed in range(num_images):
         drawing = draw_shapes(np.random.default_rng([seed, _IMAGES]), _HEIGHT, _WIDTH)
         data = as_jpeg(drawing.pixels, quality=90)
         drawings.append(drawing)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fcos_ray.analysis.audit import audit_output
+from fcos_ray.benchmark.fidelity import mean_ap_both_ways
 from fcos_ray.benchmark.photographs import draw_jpeg, parse_size, write_photographs
 from fcos_ray.benchmark.stages import NullDetector, StageSeconds, mean_fill
 from fcos_ray.benchmark.verdict import Capacity, bottleneck, busy_share
@@ -114,6 +115,13 @@ def test_what_limits_a_job_is_said_with_what_to_change(
 ) -> None:
     stages = StageSeconds(fetch, decode, 0.005, fetch + decode, 0.0, 0.1, 0.0, 0.0, 0.0)
     assert re.search(words, bottleneck(Capacity(detectors, job), stages, settings, layout))
+
+
+def test_fast_decoding_is_held_against_the_truth_of_drawings() -> None:
+    exact, fast = mean_ap_both_ways(LOAD, 6)
+    assert exact != fast, "decoded in two ways"
+    assert 0.75 < fast < 1
+    assert 0.75 < exact < 1
 
 
 def test_a_detector_is_busy_for_what_it_computes() -> None:
