@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,15 @@ class _Input:
     @property
     def is_resized(self) -> bool:
         return isinstance(self.pixels, np.ndarray) and self.pixels.shape[:2] == self.resized
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A micro-batch that the device was told to run, by the images' places. A CPU is done with it when it was told."""
+
+    batch: list[int]
+    outputs: HeadOutputs
+    done: torch.cuda.Event | None  # on the device
 
 
 class Detector:
@@ -97,6 +107,8 @@ class Detector:
         self.input_size: dict[str, int] = {name: inputs[name] for name in sizes}
         self.max_micro_batch = max_micro_batch or MAX_MICRO_BATCH[self.device.type]
         self._lowered: dict[Shape, int] = {}  # micro-batches that did not fit into memory, by padded shape
+        # Post-processing waits for the device many times; on a stream of its own it waits for its micro-batch alone.
+        self._beside: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         if self.device.type == "cuda":
@@ -174,24 +186,38 @@ class Detector:
     def _run(
         self, plan: list[list[int]], inputs: dict[int, _Input], results: dict[int, Detections | DetectError]
     ) -> None:
-        """Run micro-batches. On cuda the next one is copied there while the device works on the one before."""
-        running: tuple[list[int], HeadOutputs] | None = None
-        tensor: Tensor | None
+        """Run micro-batches. On cuda each is launched before the results of the one before are read."""
+        running: _Launched | None = None
+        launched: _Launched | None
         for batch in [*plan, None]:
             try:
-                tensor = None if batch is None else self._prepare([inputs[i] for i in batch])
+                launched = None if batch is None else self._launch(batch, inputs)
                 if running is not None:
-                    results.update(
-                        zip(running[0], self._finish(running[1], [inputs[i] for i in running[0]]), strict=True)
-                    )
-                running = None if batch is None or tensor is None else (batch, self._forward(tensor))
+                    self._collect(running, inputs, results)
+                running = launched
                 continue
             except torch.OutOfMemoryError:
-                again = ([running[0]] if running and running[0][0] not in results else []) + ([batch] if batch else [])
+                waiting = [running.batch if running else None, batch]
             # outside of the except block, so that nothing of what failed is held any more
-            running = tensor = None
-            for part in again:
-                self._run_alone(part, inputs, results)
+            running = launched = None
+            for part in waiting:
+                if part and part[0] not in results:
+                    self._run_alone(part, inputs, results)
+
+    def _launch(self, batch: list[int], inputs: Mapping[int, _Input]) -> _Launched:
+        outputs = self._forward(self._prepare([inputs[i] for i in batch]))
+        done = None if self._beside is None else torch.cuda.current_stream(self.device).record_event()
+        return _Launched(batch, outputs, done)
+
+    def _collect(
+        self, launched: _Launched, inputs: Mapping[int, _Input], results: dict[int, Detections | DetectError]
+    ) -> None:
+        """Read a launched micro-batch's results, which keeps this thread waiting until the device has them."""
+        with torch.cuda.stream(self._beside) if launched.done else nullcontext():
+            if launched.done:
+                self._beside.wait_event(launched.done)
+            found = self._finish(launched.outputs, [inputs[i] for i in launched.batch])
+        results.update(zip(launched.batch, found, strict=True))
 
     def _run_alone(
         self, batch: list[int], inputs: dict[int, _Input], results: dict[int, Detections | DetectError]
@@ -199,15 +225,13 @@ class Detector:
         """One micro-batch with nothing beside it on the device; in halves when it does not fit."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        parts = [inputs[i] for i in batch]
         try:
-            found = self._finish(self._forward(self._prepare(parts)), parts)
+            self._collect(self._launch(batch, inputs), inputs, results)
         except torch.OutOfMemoryError as error:
             reason = str(error).split("\n")[0]
         else:
-            results.update(zip(batch, found, strict=True))
             return
-        shape, half = parts[0].padded, len(batch) // 2
+        shape, half = inputs[batch[0]].padded, len(batch) // 2
         if half == 0:
             message = f"{shape[0]}×{shape[1]} (padded height × width) does not fit alone on {self.device}: {reason}"
             results[batch[0]] = DetectError("out_of_memory", message)

@@ -266,6 +266,26 @@ def test_out_of_memory_while_fetching_runs_that_micro_batch_again(
     assert all(equal(g, w) for g, w in zip(detector(images), wanted, strict=True))
 
 
+def test_a_micro_batch_is_launched_before_the_results_of_the_one_before_are_read(
+    weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = Detector(weights, device="cpu", max_micro_batch=1, **SMALL)
+    forward, finish, calls = detector._forward, detector._finish, []
+
+    def launched(batch: torch.Tensor) -> HeadOutputs:
+        calls.append("launch")
+        return forward(batch)
+
+    def read(outputs: HeadOutputs, inputs: Any) -> list[Detections]:
+        calls.append("read")
+        return finish(outputs, inputs)
+
+    monkeypatch.setattr(detector, "_forward", launched)
+    monkeypatch.setattr(detector, "_finish", read)
+    detector([shapes(160, 160, seed) for seed in range(3)])
+    assert calls == ["launch", "launch", "read", "launch", "read", "read"]
+
+
 def test_an_error_that_is_not_about_memory_is_not_hidden(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
     detector = Detector(weights, device="cpu", **SMALL)
 
