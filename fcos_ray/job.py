@@ -30,8 +30,7 @@ from fcos_ray.inputs.pin import PinnedFile, pin, read_partitions
 from fcos_ray.inputs.plan import Draft, draft_plan
 from fcos_ray.inputs.selection import History
 from fcos_ray.layout import Layout
-from fcos_ray.model.architectures import INPUT_SETTINGS, Weights
-from fcos_ray.model.detector import Detector
+from fcos_ray.model.parameters import INPUT_SETTINGS, Weights
 from fcos_ray.model.weights import load_weights
 from fcos_ray.outputs import runs
 from fcos_ray.outputs.audit import audit
@@ -329,4 +328,6 @@ def fcos_maker(weights: Weights, options: Mapping[str, Any]) -> MakeDetector:
 
 
 def _make_fcos(weights: ray.ObjectRef[Weights], options: Mapping[str, Any]) -> ImageDetector:
+    from fcos_ray.model.detector import Detector  # torch, which only the actors need
+
     return Detector(ray.get(weights), **options)

@@ -16,7 +16,7 @@ from fcos_ray.inputs.plan import PlanSettings
 from fcos_ray.inputs.selection import SelectSettings
 from fcos_ray.layout import Cluster, Layout, plan_layout
 from fcos_ray.load import LoadSettings
-from fcos_ray.model.architectures import Weights
+from fcos_ray.model.parameters import Weights
 from fcos_ray.outputs import runs
 from fcos_ray.outputs.schema import RESERVED_COLUMNS
 

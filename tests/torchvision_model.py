@@ -12,7 +12,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from fcos_ray.model.architectures import Weights
+from fcos_ray.model.parameters import Weights
 
 
 def torchvision_model(

@@ -23,11 +23,9 @@ class Capacity:
         return None if self.job is None else self.job / self.detectors
 
 
-def busy_share(capacity: Capacity, stages: StageSeconds, layout: Layout) -> float | None:
-    """Share of the job's steady state in which detectors compute; None without a model or a rate."""
-    if capacity.job is None or stages.forward is None or stages.postprocess is None:
-        return None
-    return (stages.forward + stages.postprocess) * capacity.job / layout.num_detectors
+def busy_share(detect_seconds: float, job: float | None, layout: Layout) -> float | None:
+    """Share of the job's steady state in which detectors had images, of which each took `detect_seconds` in the job."""
+    return None if job is None else detect_seconds * job / layout.num_detectors
 
 
 def bottleneck(capacity: Capacity, stages: StageSeconds, load: LoadSettings, layout: Layout) -> str:

@@ -20,7 +20,7 @@ from fcos_ray.errors import ConfigError
 from fcos_ray.inputs.manifests import find_sources
 from fcos_ray.job import fcos_maker
 from fcos_ray.layout import Cluster
-from fcos_ray.model.architectures import INPUT_SETTINGS
+from fcos_ray.model.parameters import INPUT_SETTINGS
 from fcos_ray.model.weights import load_weights
 from fcos_ray.pipeline import MakeDetector
 from fcos_ray.request import detector_options, fetch_policy, layout_for, load_settings
@@ -78,7 +78,9 @@ def measure(folder: str, asked: Asked) -> dict[str, Any]:
         summary = fr.run(config, make_detector=null)
         cost = fast_decode_cost(load) if load.fast_decode and null is None else None
     stages = measured.stages
-    capacity = Capacity(measured.detectors_alone, summary.images_per_second)
+    capacity = Capacity(
+        measured.detectors_alone, _steady(summary) if asked.null_detector else summary.images_per_second
+    )
     return {
         "asked": asdict(asked),
         "machine": _machine(cluster),
@@ -91,7 +93,9 @@ def measure(folder: str, asked: Asked) -> dict[str, Any]:
             "whole job, steady": capacity.job,
             "whole job, with start": summary.rows / summary.wall_seconds,
         },
-        "busy": busy_share(capacity, stages, layout),
+        "busy": None
+        if asked.null_detector
+        else busy_share(summary.seconds["detect"] / summary.rows, capacity.job, layout),
         "efficiency": None if asked.null_detector else capacity.efficiency,
         "fill": _fill(config, asked.cap) if asked.null_detector else None,
         "fast_decode": None if cost is None else asdict(cost),
@@ -109,6 +113,13 @@ def _config(asked: Asked, folder: str) -> fr.JobConfig:
         max_micro_batch=asked.cap if asked.null_detector else None,
         **asked.settings,
     )
+
+
+def _steady(summary: fr.RunSummary) -> float | None:
+    """Images per second after the first shard. Without a model detectors' own clocks say how fast they empty a queue."""
+    if summary.startup_seconds is None:
+        return None
+    return summary.rows * (1 - 1 / _SHARDS) / (summary.wall_seconds - summary.startup_seconds)
 
 
 def _fill(config: fr.JobConfig, cap: int) -> float:

@@ -1,16 +1,13 @@
-"""Architectures: a name -> a torchvision FCOS, its untrained values, BatchNorm folding. Knows no files, no devices."""
+"""Architectures: a name -> a torchvision FCOS that holds given weights, BatchNorm folding. Knows no files, no devices."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models import MobileNet_V3_Small_Weights, ResNet50_Weights, WeightsEnum, mobilenet_v3_small, resnet50
@@ -19,13 +16,9 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from fcos_ray.errors import ConfigError
+from fcos_ray.model.parameters import Weights
 
 NormLayer = Callable[..., nn.Module]
-
-INPUT_SETTINGS: Final = ("min_size", "max_size", "image_mean", "image_std")  # of an image on its way into the model
-IMAGE_MEAN: Final = (0.485, 0.456, 0.406)  # of ImageNet, as torchvision's models take it: values in 0–1
-IMAGE_STD: Final = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +29,6 @@ class Architecture:
     backbone_weights: type[WeightsEnum]  # the ImageNet weights torchvision publishes for it
     stages: tuple[tuple[str, ...], ...]  # parameter name prefixes, last stage first: what "trainable layers" counts
     norm_eps: float  # of its BatchNorm
-    min_size: int  # of the input, where neither weights nor settings say otherwise
-    max_size: int
 
     def build(
         self,
@@ -52,18 +43,6 @@ class Architecture:
         backbone = self.backbone(partial(norm_layer, eps=self.norm_eps), weights_backbone, progress)
         model: nn.Module = FCOS(backbone, num_classes, **settings)
         return model
-
-    def input_settings(self, trained: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-        """INPUT_SETTINGS as asked (None: not), else as trained, else the architecture's own.
-
-        Raises ConfigError when max_size is below min_size.
-        """
-        own = (self.min_size, self.max_size, IMAGE_MEAN, IMAGE_STD)
-        given = {name: value for name, value in asked.items() if value is not None}
-        found = {**dict(zip(INPUT_SETTINGS, own, strict=True)), **trained, **given}
-        if found["max_size"] < found["min_size"]:
-            raise ConfigError(f"max_size must be at least min_size ({found['min_size']}), got {found['max_size']}")
-        return found | {name: tuple(found[name]) for name in ("image_mean", "image_std")}  # lists, out of JSON
 
 
 def _resnet50(norm_layer: NormLayer, weights: WeightsEnum | None, progress: bool) -> nn.Module:
@@ -91,16 +70,12 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
         # as torchvision counts: bn1 belongs to the first stage
         stages=(("layer4",), ("layer3",), ("layer2",), ("layer1",), ("conv1", "bn1")),
         norm_eps=1e-5,
-        min_size=800,
-        max_size=1333,
     ),
     "fcos_mobilenet_v3_small_fpn": Architecture(
         backbone=_mobilenet_v3_small,
         backbone_weights=MobileNet_V3_Small_Weights,
         stages=(("12",), ("9", "10", "11"), ("4", "5", "6", "7", "8"), ("2", "3"), ("1",), ("0",)),
         norm_eps=1e-3,
-        min_size=320,
-        max_size=512,
     ),
 }
 
@@ -111,64 +86,6 @@ def train_layers(model: nn.Module, architecture: str, num_layers: int) -> None:
     backbone: Any = model.backbone
     for name, parameter in backbone.body.named_parameters():
         parameter.requires_grad_(name.startswith(learning))
-
-
-def parameter_shapes(architecture: str, num_classes: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a state dict must hold; num_batches_tracked, which no prediction uses, is left out."""
-    with torch.device("meta"):
-        state = ARCHITECTURES[architecture].build(num_classes).state_dict()
-    return {key: tuple(value.shape) for key, value in state.items() if not key.endswith("num_batches_tracked")}
-
-
-def random_state(architecture: str, num_classes: int, seed: int) -> dict[str, NDArray[np.float32]]:
-    """A state dict of an untrained model that finds boxes, the same in every process."""
-    shapes = parameter_shapes(architecture, num_classes)
-    return {key: _random_parameter(key, shape, seed) for key, shape in shapes.items()}
-
-
-def _random_parameter(key: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
-    """One parameter, a function of its name, shape and seed alone; no global generator is touched.
-
-    Scales keep activations near one through 50 layers. The head's last layers are set so that at a score threshold of
-    0.2 photographs and drawings get dozens to hundreds of boxes, some strides wide (tests/model/test_weights.py).
-    """
-    rng = np.random.default_rng([seed, zlib.crc32(key.encode())])
-    normal = rng.standard_normal(shape, dtype=np.float32)
-    if key.endswith("running_var"):
-        positive: NDArray[np.float32] = np.exp(0.2 * normal)
-        return positive
-    if len(shape) == 4:
-        scale = np.float32(np.sqrt((1 if ".fpn." in key else 2) / np.prod(shape[1:])))
-        if any(part in key for part in ("cls_logits", "bbox_reg.", "bbox_ctrness")):
-            normal -= normal.mean(axis=(1, 2, 3), keepdims=True)  # else every place agrees on one class and one size
-            scale *= np.float32(2)
-        return normal * scale
-    if key.endswith("weight"):  # of a norm; the residual branch's last one is small, else 16 blocks add up
-        return ((0.3 if ".bn3." in key else 1) + 0.1 * normal).astype(np.float32)
-    bias = {"cls_logits.bias": -6.2, "bbox_reg.bias": 3.0}
-    return next((np.full(shape, value, np.float32) for end, value in bias.items() if key.endswith(end)), 0.1 * normal)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Weights:
-    """A model's parameters. Plain numpy, so that Ray's object store shares one copy among all actors of a node."""
-
-    name: str  # what the user called it
-    architecture: str  # a key of ARCHITECTURES
-    sha256: str  # hex; of the file's bytes, for random weights of the tensors
-    categories: tuple[str, ...]  # index = label, background first; as many as the model has classes
-    state: dict[str, NDArray[np.float32]] = field(repr=False)  # without BatchNorm's num_batches_tracked
-    trained_input: Mapping[str, Any] = field(default_factory=dict)  # what the file says of input_settings
-    training: Mapping[str, Any] | None = None  # how it was trained, where the file says so
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of the model, background included."""
-        return len(self.categories)
-
-    def input_settings(self, **asked: Any) -> dict[str, Any]:
-        """INPUT_SETTINGS as asked (None: not), as trained, or as the architecture has them. Raises ConfigError."""
-        return ARCHITECTURES[self.architecture].input_settings(self.trained_input, asked)
 
 
 def build_model(

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fcos_ray.model.architectures import ARCHITECTURES, Weights
+from fcos_ray.model.architectures import ARCHITECTURES
 from fcos_ray.model.detector import Detector
+from fcos_ray.model.parameters import Weights
 from fcos_ray.sizes import Shape, padded_shape
 from fcos_ray.types import Image
 

@@ -17,10 +17,11 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import resize_boxes
 
 from fcos_ray.errors import ConfigError, DetectError
-from fcos_ray.model.architectures import Weights, build_model, fold_batchnorm
+from fcos_ray.model.architectures import build_model, fold_batchnorm
 from fcos_ray.model.batches import micro_batches
 from fcos_ray.model.checks import check_image, check_settings, pick_device, pick_precision
 from fcos_ray.model.convolutions import quicken
+from fcos_ray.model.parameters import Weights
 from fcos_ray.model.postprocess import Found, HeadOutputs, postprocess
 from fcos_ray.model.weights import load_weights
 from fcos_ray.sizes import MAX_MICRO_BATCH, Shape, padded_shape, resized_shape

@@ -1,4 +1,7 @@
-"""Weights: a name or uri -> parameters and categories, checked against the architecture. Knows files, not devices."""
+"""Weights: a name or uri -> parameters and categories, checked against the architecture. Knows files, not devices.
+
+torch is imported where a file holds what only it reads: nothing else here needs the seconds that takes.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +18,28 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+import numpy as np
 import safetensors
-import safetensors.torch
-import torch
+import safetensors.numpy
 from numpy.typing import NDArray
-from torch import Tensor
-from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
 from fcos_ray import storage
 from fcos_ray.errors import WeightsError
-from fcos_ray.model.architectures import ARCHITECTURES, Weights, parameter_shapes, random_state
+from fcos_ray.model.parameters import (
+    DEFAULT_ARCHITECTURE,
+    INPUT_SIZES,
+    Weights,
+    coco_v1,
+    parameter_shapes,
+    random_state,
+)
 
 log = logging.getLogger(__name__)
 
 BACKGROUND: Final = "__background__"  # label 0, in torchvision's spelling
-DEFAULT_ARCHITECTURE: Final = "fcos_resnet50_fpn"
-_COCO: Final = FCOS_ResNet50_FPN_Weights.COCO_V1
 _SAMPLE: Final = Path(__file__).parent / "sample" / "weights.safetensors"  # recipe.toml beside it says how they came
 _CLS_LOGITS: Final = "head.classification_head.cls_logits.weight"  # (num_classes, channels, 3, 3)
+_OF_NUMPY: Final = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 _METADATA: Final = "fcos_ray"  # key in a safetensors file's metadata: what the weights are, as JSON
 # What torch.load raises on files that are no checkpoints, are damaged, or hold more than tensors and containers.
 LOAD_ERRORS: Final = (
@@ -66,7 +73,7 @@ def load_weights(
     Raises WeightsError, and StorageError when a store fails after retries.
     """
     if spec in ("COCO_V1", "DEFAULT"):
-        name, given = "COCO_V1", _Given(categories=tuple(_COCO.meta["categories"]))
+        name, given = "COCO_V1", _Given(categories=coco_v1()[1])
         data = _checked(_read_coco(), name, sha256)
         state = _read_torch(data, name)
     elif spec == "sample":
@@ -96,7 +103,7 @@ def load_weights(
         architecture=given.architecture,
         sha256=hashlib.sha256(data).hexdigest(),
         categories=_complete(categories or given.categories, found, name),
-        state={key: tensor.to(torch.float32).numpy() for key, tensor in state.items()},
+        state={key: _as_float32(value) for key, value in state.items()},
         trained_input=given.trained_input,
         training=given.training,
     )
@@ -104,27 +111,23 @@ def load_weights(
 
 def save_weights(
     uri: str,
-    state: Mapping[str, Tensor | NDArray[Any]],
+    state: Mapping[str, Any],
     *,
     architecture: str,
     categories: Sequence[str],
     trained_input: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a `.safetensors` file that explains itself. Categories as in `load_weights`; equal input gives equal bytes.
+    """Write a `.safetensors` file that explains itself: a state of tensors or arrays, as float32. Equal input gives equal
+    bytes. Categories as in `load_weights`.
 
     `trained_input` holds min_size, max_size, image_mean and image_std as trained with: what detectors take by default.
     `training` says how the weights came about. Both are JSON values.
 
     Raises WeightsError when the state does not fit the architecture, or another file is already there.
     """
-    tensors = {
-        # torch.tensor copies: an array may be read-only
-        key: (value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(value)).contiguous()
-        for key, value in state.items()
-        if not key.endswith("num_batches_tracked")
-    }
-    names = _complete(categories, _check_state(tensors, uri, architecture), uri)
+    arrays = {key: _as_float32(value) for key, value in _of_predictions(state).items()}
+    names = _complete(categories, _check_state(arrays, uri, architecture), uri)
     said = {
         "architecture": architecture,
         "categories": names,
@@ -133,7 +136,7 @@ def save_weights(
     }
     # under one key: safetensors writes several in any order, and equal weights shall be equal bytes
     metadata = {_METADATA: json.dumps(said, ensure_ascii=False)}
-    if not storage.create(uri, safetensors.torch.save(tensors, metadata)):
+    if not storage.create(uri, safetensors.numpy.save(arrays, metadata)):
         raise WeightsError(f"{uri} exists and holds something else; weights are never overwritten")
 
 
@@ -148,18 +151,21 @@ class _Given:
 
 
 def _read_coco() -> bytes:
-    name = PurePosixPath(urlsplit(_COCO.url).path).name
+    import torch
+
+    url, _ = coco_v1()
+    name = PurePosixPath(urlsplit(url).path).name
     published = re.search(r"-([0-9a-f]{8,})\.pth$", name)
     path = Path(torch.hub.get_dir(), "checkpoints", name)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             # what torch.hub.load_state_dict_from_url(check_hash=True) does; here the bytes are wanted too
-            torch.hub.download_url_to_file(_COCO.url, str(path), published and published[1], progress=False)
+            torch.hub.download_url_to_file(url, str(path), published and published[1], progress=False)
         except (OSError, RuntimeError) as error:  # no network; a hash that does not fit
             raise WeightsError(
                 f"weights COCO_V1 are not in torch.hub's cache and cannot be downloaded ({storage.describe(error)}). "
-                f"Put {_COCO.url} at {path}, or set TORCH_HOME to a folder whose hub/checkpoints/ holds it"
+                f"Put {url} at {path}, or set TORCH_HOME to a folder whose hub/checkpoints/ holds it"
             ) from error
     data = path.read_bytes()
     if published and not hashlib.sha256(data).hexdigest().startswith(published[1]):
@@ -188,7 +194,9 @@ def _checked(data: bytes, name: str, wanted: str | None) -> bytes:
     return data
 
 
-def _read_torch(data: bytes, name: str) -> dict[str, Tensor]:
+def _read_torch(data: bytes, name: str) -> dict[str, Any]:
+    import torch
+
     try:
         loaded = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except LOAD_ERRORS as error:
@@ -196,34 +204,51 @@ def _read_torch(data: bytes, name: str) -> dict[str, Tensor]:
         raise WeightsError(f"weights {name} cannot be loaded as a state dict: {reason}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
         loaded = loaded["model"]
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise WeightsError(
             f"weights {name} hold no state dict: wanted a dict of tensors or {{'model': such a dict}}, "
             f"got {_sketch(loaded)}"
         )
-    return {str(key): value for key, value in loaded.items() if not str(key).endswith("num_batches_tracked")}
+    return _of_predictions(loaded)
 
 
-def _read_safetensors(data: bytes, name: str) -> tuple[dict[str, Tensor], _Given]:
+def _read_safetensors(data: bytes, name: str) -> tuple[dict[str, Any], _Given]:
     try:
-        tensors = safetensors.torch.load(data)
-        header_bytes = struct.unpack("<Q", data[:8])[0]
-        said = json.loads((json.loads(data[8 : 8 + header_bytes]).get("__metadata__") or {}).get(_METADATA, "{}"))
+        header = json.loads(data[8 : 8 + struct.unpack_from("<Q", data)[0]])
+        said = json.loads((header.pop("__metadata__", None) or {}).get(_METADATA, "{}"))
+        state: dict[str, Any]
+        if {tensor["dtype"] for tensor in header.values()} <= _OF_NUMPY:
+            state = safetensors.numpy.load(data)
+        else:  # bf16 and such
+            from safetensors.torch import load
+
+            state = load(data)
         given = _Given(
             architecture=str(said.get("architecture", DEFAULT_ARCHITECTURE)),
             categories=tuple(str(name) for name in said["categories"]) if "categories" in said else None,
             trained_input=dict(said.get("trained_input", {})),
             training=said.get("training"),
         )
-    except (safetensors.SafetensorError, ValueError, TypeError, AttributeError) as error:
+    except (safetensors.SafetensorError, struct.error, LookupError, ValueError, TypeError, AttributeError) as error:
         raise WeightsError(f"weights {name} are no safetensors file of ours: {storage.describe(error)}") from error
-    return {key: value for key, value in tensors.items() if not key.endswith("num_batches_tracked")}, given
+    return _of_predictions(state), given
 
 
-def _check_state(state: Mapping[str, Tensor], name: str, architecture: str) -> int:
+def _of_predictions(state: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(key): value for key, value in state.items() if not str(key).endswith("num_batches_tracked")}
+
+
+def _as_float32(value: Any) -> NDArray[np.float32]:
+    """Of an array, or of a tensor on whichever device."""
+    if not isinstance(value, np.ndarray):
+        value = value.detach().cpu().float().numpy()
+    return np.ascontiguousarray(value, np.float32)
+
+
+def _check_state(state: Mapping[str, Any], name: str, architecture: str) -> int:
     """The number of classes of a state dict that fits the architecture."""
-    if architecture not in ARCHITECTURES:
-        raise WeightsError(f"weights {name} are for {architecture!r}, known are: {', '.join(ARCHITECTURES)}")
+    if architecture not in INPUT_SIZES:
+        raise WeightsError(f"weights {name} are for {architecture!r}, known are: {', '.join(INPUT_SIZES)}")
     if {"fc.weight", "classifier.0.weight"} & state.keys():
         raise WeightsError(f"weights {name} {_NO_DETECTOR}")
     num_classes = state[_CLS_LOGITS].shape[0] if _CLS_LOGITS in state else 2
@@ -266,7 +291,7 @@ def _random(spec: str, num_classes: int | None, categories: Sequence[str] | None
         raise WeightsError(f"weights {spec!r}: wanted random:<seed> with a whole number from 0, got {seed!r}")
     if num_classes is None:
         if categories is None:
-            categories = _COCO.meta["categories"]
+            categories = coco_v1()[1]
         has_background = bool(categories) and categories[0] in (BACKGROUND, "background")
         num_classes = len(categories) + (not has_background)
     if num_classes < 2:

@@ -14,8 +14,8 @@ from fcos_ray.analysis.evaluate import evaluate
 from fcos_ray.analysis.truth import read_truth
 from fcos_ray.errors import EvaluationError, ImageError, ManifestError
 from fcos_ray.inputs.decode import decode
-from fcos_ray.model.architectures import Weights
 from fcos_ray.model.detector import Detector
+from fcos_ray.model.parameters import Weights
 from fcos_ray.training.config import TrainConfig
 from fcos_ray.training.truth import image_uri
 

@@ -20,7 +20,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from fcos_ray import storage
 from fcos_ray.errors import ConfigError, WeightsError
-from fcos_ray.model.architectures import ARCHITECTURES, INPUT_SETTINGS, Architecture, Weights, train_layers
+from fcos_ray.model.architectures import ARCHITECTURES, Architecture, train_layers
+from fcos_ray.model.parameters import INPUT_SETTINGS, Weights, input_settings
 from fcos_ray.model.weights import BACKGROUND, load_weights
 from fcos_ray.training.config import TrainConfig
 from fcos_ray.training.truth import Truth
@@ -143,7 +144,7 @@ def start_model(config: TrainConfig) -> Start:
             f"give --architecture {weights.architecture}"
         )
     asked = {name: getattr(config, name) for name in INPUT_SETTINGS}
-    sizes = architecture.input_settings(weights.trained_input if weights else {}, asked)
+    sizes = input_settings(config.architecture, weights.trained_input if weights else {}, asked)
     return Start(config, architecture, weights, _backbone(config.weights_backbone, architecture), sizes)
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fcos_ray.errors import ConfigError, ManifestError
-from fcos_ray.model.architectures import Weights
 from fcos_ray.model.checks import pick_device, pick_precision
+from fcos_ray.model.parameters import Weights
 from fcos_ray.training.config import TrainConfig
 from fcos_ray.training.dataset import Batch, Batches
 from fcos_ray.training.model import Start

@@ -125,11 +125,8 @@ def test_fast_decoding_is_held_against_the_truth_of_drawings() -> None:
 
 
 def test_a_detector_is_busy_for_what_it_computes() -> None:
-    stages = StageSeconds(0.0, 0.0, 0.0, 0.0, 0.0, 0.9, 0.1, 0.0, 0.0)
-    assert busy_share(Capacity(2.0, 1.5), stages, GPUS) == pytest.approx(0.75), (
-        "two detectors at an image a second each"
-    )
-    assert busy_share(Capacity(2.0, None), stages, GPUS) is None
+    assert busy_share(1.0, 1.5, GPUS) == pytest.approx(0.75), "two detectors at an image a second each"
+    assert busy_share(1.0, None, GPUS) is None
 
 
 def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -147,8 +144,7 @@ def test_the_job_measures_every_stage_and_the_whole() -> None:
     assert found["stages"]["load"] > found["stages"]["decode"]
     rates = found["images_per_second"]
     assert found["efficiency"] == pytest.approx(rates["whole job, steady"] / rates["detectors alone"])
-    busy = (found["stages"]["forward"] + found["stages"]["postprocess"]) * rates["whole job, steady"]
-    assert found["busy"] == pytest.approx(busy / found["layout"]["num_detectors"])
+    assert 0 < found["busy"] <= 1.01, "detectors hold images for so much of the time, whatever they do besides"
     assert (found["model"]["padded_height"], found["model"]["padded_width"]) == (320, 448)
     assert list(found["model"]["images_per_second"]) == ["1"], "a CPU's largest micro-batch"
     assert 5e7 < found["model"]["peak_memory_bytes"] < 5e9

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from fcos_ray.model.architectures import Weights
+from fcos_ray.model.parameters import Weights
 from fcos_ray.model.weights import load_weights
 from fcos_ray.types import Detections
 from tests.parity import from_torchvision

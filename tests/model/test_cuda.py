@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fcos_ray.model.architectures import Weights
 from fcos_ray.model.detector import Detector
+from fcos_ray.model.parameters import Weights
 from fcos_ray.types import Detections
 from tests.model.images import corpus, flat, shapes
 from tests.parity import assert_same_detections, from_torchvision

@@ -14,9 +14,9 @@ from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import box_iou
 
 from fcos_ray.errors import ConfigError, DetectError
-from fcos_ray.model.architectures import Weights
 from fcos_ray.model.checks import PRECISIONS, pick_precision
 from fcos_ray.model.detector import Detector, _as_seen, _Input
+from fcos_ray.model.parameters import Weights
 from fcos_ray.model.postprocess import Found, HeadOutputs
 from fcos_ray.types import Detections, Image
 from tests.model.images import flat, noise, shapes

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from fcos_ray.model.architectures import Weights
 from fcos_ray.model.detector import Detector
+from fcos_ray.model.parameters import Weights
 from fcos_ray.types import Detections
 from tests.model.images import corpus, gray, noise, shapes
 from tests.parity import Difference, assert_same_detections

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from fcos_ray.inputs.shrink import shrink
-from fcos_ray.model.architectures import Weights
 from fcos_ray.model.detector import Detector
+from fcos_ray.model.parameters import Weights
 from fcos_ray.types import Detections, Image
 from tests.model.images import Pixels, gray, noise, shapes
 from tests.parity import overlaps

@@ -21,8 +21,9 @@ from torchvision.models.detection import FCOS_ResNet50_FPN_Weights, fcos_resnet5
 
 from fcos_ray.errors import ConfigError, WeightsError
 from fcos_ray.model import weights as weights_module
-from fcos_ray.model.architectures import IMAGE_MEAN, IMAGE_STD, Weights, build_model, fold_batchnorm, parameter_shapes
+from fcos_ray.model.architectures import build_model, fold_batchnorm
 from fcos_ray.model.detector import Detector
+from fcos_ray.model.parameters import IMAGE_MEAN, IMAGE_STD, Weights, coco_v1, parameter_shapes
 from fcos_ray.model.weights import BACKGROUND, load_weights, save_weights
 from tests.model.images import noise, shapes
 
@@ -386,7 +387,7 @@ def test_coco_v1_is_downloaded_once_and_its_hash_is_checked(
     prefix = hashlib.sha256(data).hexdigest()[:8] if honest else "0" * 8
     served = tmp_path / f"fcos-{prefix}.pth"
     served.write_bytes(data)
-    monkeypatch.setattr(COCO.value, "url", served.as_uri())
+    monkeypatch.setattr("fcos_ray.model.weights.coco_v1", lambda: (served.as_uri(), coco_v1()[1]))
     if honest:
         with caplog.at_level(logging.WARNING):
             assert same_state(load_weights("COCO_V1"), weights)
