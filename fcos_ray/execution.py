@@ -24,12 +24,12 @@ import ray.data
 from ray.exceptions import RayError, RayTaskError
 
 from fcos_ray import storage
+from fcos_ray.commit_task import commit_task
 from fcos_ray.errors import RunStopped, StageStalled, StorageError, UserError, WorkerError
-from fcos_ray.inputs.pin import PinnedFile, read_shard
 from fcos_ray.layout import Layout
 from fcos_ray.load import LoadSettings
 from fcos_ray.outputs import runs
-from fcos_ray.outputs.commit import ShardTarget, commit_shard, list_committed
+from fcos_ray.outputs.commit import list_committed
 from fcos_ray.outputs.gather import Gather, WholeShard
 from fcos_ray.outputs.pulse import drivers_at_work
 from fcos_ray.pinned import PinnedRun
@@ -271,7 +271,7 @@ class Execution:
         )
 
     def _submit(self, whole: WholeShard, files: ray.ObjectRef[Any]) -> None:
-        reference = _commit.remote(self._run.target, whole.shard, self._run.folder, files, whole.rows)
+        reference = commit_task.remote(self._run.target, whole.shard, self._run.folder, files, whole.rows)
         self._commits[reference] = WholeShard(whole.shard, whole.rows.select(["error_code"]))  # for counting
 
     def _commit_what_is_whole(self) -> None:
@@ -334,8 +334,3 @@ def _restartable(error: BaseException) -> str:
         raise error  # a bug: the same rows would raise it again
     words = " ".join(_ANSI.sub("", str(cause)).split())
     return f"{type(cause).__name__}: …{words[-300:]}" if len(words) > 300 else f"{type(cause).__name__}: {words}"
-
-
-@ray.remote(num_cpus=0, max_retries=3)
-def _commit(target: ShardTarget, shard: int, folder: str, files: Sequence[PinnedFile], results: Any) -> bool:
-    return commit_shard(target, shard, pinned=read_shard(folder, files, shard), results=results)

@@ -26,7 +26,8 @@ from fcos_ray.config import JobConfig
 from fcos_ray.errors import ConfigError, ManifestError, OutputError, StorageError
 from fcos_ray.execution import Execution, ExecutionSettings
 from fcos_ray.inputs.manifests import find_sources
-from fcos_ray.inputs.pin import PinnedFile, pin, read_partitions
+from fcos_ray.inputs.pin import pin
+from fcos_ray.inputs.pinned_files import PinnedFile, read_partitions
 from fcos_ray.inputs.plan import Draft, draft_plan
 from fcos_ray.inputs.selection import History
 from fcos_ray.layout import Layout

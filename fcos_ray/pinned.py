@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from fcos_ray import storage
-from fcos_ray.inputs.pin import PinnedFile, read_shard
+from fcos_ray.inputs.pinned_files import PinnedFile, read_shard
 from fcos_ray.outputs.commit import ShardTarget
 from fcos_ray.outputs.index import ensure_index
 from fcos_ray.outputs.runs import run_folder

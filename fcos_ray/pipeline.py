@@ -28,7 +28,7 @@ from ray.data.read_api import from_blocks
 from fcos_ray import storage
 from fcos_ray.errors import DetectError, StageStalled, StorageError
 from fcos_ray.inputs.columns import DELETED, REFUSED
-from fcos_ray.inputs.pin import PinnedFile, read_shard
+from fcos_ray.inputs.pinned_files import PinnedFile, read_shard
 from fcos_ray.layout import READ_CPUS, Layout
 from fcos_ray.load import LoadSettings, failure, load_tables
 from fcos_ray.outputs.schema import RESULT_SCHEMA

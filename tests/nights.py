@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import fcos_ray as fr
 from fcos_ray import job
 from fcos_ray.execution import ExecutionStats
-from fcos_ray.inputs.pin import read_shard
+from fcos_ray.inputs.pinned_files import read_shard
 from fcos_ray.layout import Cluster
 from fcos_ray.model.weights import load_weights
 from fcos_ray.outputs.commit import commit_shard, list_committed

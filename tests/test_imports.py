@@ -35,6 +35,7 @@ AT_HOME = {  # library: where it may be imported
         "pipeline",
         "roll",
         "execution",
+        "commit_task",
         "session",
         "job",
         "analysis.rows",

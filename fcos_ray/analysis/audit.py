@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from fcos_ray import storage
 from fcos_ray.errors import OutputError
-from fcos_ray.inputs.pin import read_partitions, read_shard
+from fcos_ray.inputs.pinned_files import read_partitions, read_shard
 from fcos_ray.outputs import runs
 from fcos_ray.outputs.audit import Findings, Kind, RunAudit, audit_run
 from fcos_ray.outputs.commit import is_damage

@@ -1,14 +1,11 @@
-"""Pin: a draft -> files whose row groups are the shards, and back. Knows row groups, not what a manifest may hold.
+"""Pin: a draft -> files whose row groups are the shards. Knows row groups, not what a manifest may hold.
 
 pyarrow writes, because DuckDB's COPY cuts row groups in multiples of 2,048 whatever is asked (DuckDB 2.0).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Final, cast
+from typing import Final
 
 import duckdb
 import pyarrow as pa
@@ -17,20 +14,12 @@ import pyarrow.parquet as pq
 from fcos_ray import storage
 from fcos_ray.errors import ManifestError
 from fcos_ray.inputs.columns import DELETED, PARTITION, REFUSED
+from fcos_ray.inputs.pinned_files import PinnedFile
 from fcos_ray.inputs.plan import KNOWN_COLUMNS, Draft
 from fcos_ray.inputs.scans import quote
 
 GROUPS_PER_FILE: Final = 64  # a footer costs 1.3 KB per row group of ten columns, and every shard's reader reads it
 _FILE_BYTES: Final = 48 * 2**20  # below s3fs' multipart threshold
-
-
-@dataclass(frozen=True, slots=True)
-class PinnedFile:
-    """One file of a pinned manifest: its row groups are the shards first_shard, first_shard + 1, …"""
-
-    name: str
-    first_shard: int
-    shard_rows: tuple[int, ...]
 
 
 def pin(draft: Draft, folder: str, *, temporary_folder: str | None = None) -> tuple[PinnedFile, ...]:
@@ -126,31 +115,3 @@ def _shard_sizes(draft: Draft) -> list[int]:
         whole, rest = divmod(rows, draft.shard_rows)
         sizes += [draft.shard_rows] * whole + ([rest] if rest else [])
     return sizes
-
-
-def read_shard(folder: str, files: Sequence[PinnedFile], shard: int) -> pa.Table:
-    """The pinned rows of one shard, in order. Plans of before there were tombstones have none."""
-    file = next(f for f in files if f.first_shard <= shard < f.first_shard + len(f.shard_rows))
-
-    def read() -> pa.Table:
-        with storage.open_for_reading(storage.join(folder, file.name)) as handle:
-            return pq.ParquetFile(handle).read_row_group(shard - file.first_shard)
-
-    rows = cast("pa.Table", storage.retrying(f"reading shard {shard}", read))
-    return rows if DELETED in rows.column_names else rows.append_column(DELETED, pa.repeat(False, rows.num_rows))
-
-
-def read_partitions(folder: str, files: Sequence[PinnedFile]) -> list[str]:
-    """For each shard in order the folder below its run's that it goes to (`site=a/day=1`); "" where it is not partitioned."""
-
-    def read(file: PinnedFile) -> list[str]:
-        with storage.open_for_reading(storage.join(folder, file.name)) as handle:
-            parquet = pq.ParquetFile(handle)
-            groups = (parquet.read_row_group(i, columns=[PARTITION]) for i in range(len(file.shard_rows)))
-            return [group[PARTITION][0].as_py() for group in groups]
-
-    def retried(file: PinnedFile) -> list[str]:
-        return storage.retrying(f"reading partitions of {file.name}", lambda: read(file))
-
-    with ThreadPoolExecutor(16) as pool:
-        return [partition for found in pool.map(retried, files) for partition in found]

@@ -227,7 +227,7 @@ class Round:
         """Workers of ours that outlive their drivers by more than 20 s."""
         until = time.monotonic() + 20
         while True:
-            names = ("fcos_ray.inputs.guard", "_Detect", "_load", "_commit", "_Roll")
+            names = ("fcos_ray.inputs.guard", "_Detect", "_load", "commit_task", "_Roll")
             left = [f"{name} {pid}" for name in names for pid in titled(self.cluster.ray.pid, name)]
             if not left or time.monotonic() > until:
                 return left

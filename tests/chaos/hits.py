@@ -46,7 +46,7 @@ def _kill_commit(round_: Round) -> Struck | None:
     """A commit task between creating its temporary file and linking it: some milliseconds."""
     for folder in round_.output.glob("runs/*/tmp"):
         before = {path.name for path in folder.iterdir()}
-        if before and (pids := titled(round_.cluster.ray.pid, "ray::_commit")):
+        if before and (pids := titled(round_.cluster.ray.pid, "ray::commit_task")):
             kill(pids[0])
             left = [path for path in folder.iterdir() if path.name in before]
             return Struck(f"pid {pids[0]}, {len(left)} temporary files left") if left else None

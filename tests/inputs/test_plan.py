@@ -20,7 +20,8 @@ from fcos_ray import storage
 from fcos_ray.errors import ManifestError
 from fcos_ray.inputs.fetch import FetchPolicy
 from fcos_ray.inputs.manifests import find_sources
-from fcos_ray.inputs.pin import GROUPS_PER_FILE, pin, read_shard
+from fcos_ray.inputs.pin import GROUPS_PER_FILE, pin
+from fcos_ray.inputs.pinned_files import read_shard
 from fcos_ray.inputs.plan import PARTITION, REFUSED, PlanSettings, draft_plan
 from fcos_ray.inputs.resolve import resolve_uri, resolver
 from fcos_ray.outputs.schema import RESERVED_COLUMNS

@@ -21,7 +21,8 @@ from fcos_ray.errors import ManifestError, OutputError
 from fcos_ray.inputs.fetch import FetchPolicy
 from fcos_ray.inputs.manifests import find_sources
 from fcos_ray.inputs.partitions import HIVE_NULL
-from fcos_ray.inputs.pin import pin, read_shard
+from fcos_ray.inputs.pin import pin
+from fcos_ray.inputs.pinned_files import read_shard
 from fcos_ray.inputs.plan import Draft, PlanSettings, draft_plan
 from fcos_ray.inputs.selection import History, SelectSettings
 from fcos_ray.outputs.index import INDEX_SCHEMA

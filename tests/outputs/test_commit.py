@@ -19,7 +19,8 @@ from fcos_ray import storage
 from fcos_ray.errors import OutputError
 from fcos_ray.inputs.fetch import FetchPolicy
 from fcos_ray.inputs.manifests import find_sources
-from fcos_ray.inputs.pin import pin, read_shard
+from fcos_ray.inputs.pin import pin
+from fcos_ray.inputs.pinned_files import read_shard
 from fcos_ray.inputs.plan import PlanSettings, draft_plan
 from fcos_ray.outputs.audit import audit
 from fcos_ray.outputs.commit import (
