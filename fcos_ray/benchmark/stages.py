@@ -14,20 +14,18 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from fcos_ray.errors import DetectError, FetchError, StorageError
+from fcos_ray.errors import FetchError, StorageError
 from fcos_ray.inputs.columns import DELETED, PARTITION
 from fcos_ray.inputs.fetch import fetch_many
 from fcos_ray.layout import Layout
 from fcos_ray.load import LoadSettings, decoder, load_tables, shrunk
-from fcos_ray.model.batches import micro_batches
 from fcos_ray.model.cost import ModelFigures, model_figures
 from fcos_ray.model.detector import Detector
 from fcos_ray.outputs.commit import ShardTarget, commit_shard
 from fcos_ray.outputs.gather import Gather
 from fcos_ray.outputs.schema import RESULT_SCHEMA
 from fcos_ray.pipeline import MakeDetector
-from fcos_ray.sizes import padded_shape
-from fcos_ray.types import Content, Detections, Image
+from fcos_ray.types import Content, Image
 
 _SHARD_ROWS: Final = 512  # of the shard that is gathered and committed
 _ROUNDS: Final = 3  # the median of so many; the first call of all is not counted
@@ -223,28 +221,3 @@ def _all_at_once(actors: Sequence[Any], images: Sequence[Image], *, seconds: flo
     ray.get([actor.detect.remote(shared, seconds=0.001) for actor in actors])  # the first forward is slower
     found = ray.get([actor.detect.remote(shared, seconds=seconds) for actor in actors])
     return float(sum(num / taken for num, taken in found))
-
-
-# ---- without a model
-
-
-class NullDetector:
-    """Finds nothing, in no time; counts how full its micro-batches would be."""
-
-    def __init__(self, *, min_size: int, max_size: int, max_micro_batch: int) -> None:
-        self._size = {"min_size": min_size, "max_size": max_size}
-        self._max_images = max_micro_batch
-
-    def detect(self, images: Sequence[Image]) -> list[Detections | DetectError]:
-        """One box each, so that it is kept; its score is the image's share of its micro-batch."""
-        shapes = [padded_shape(image.height, image.width, **self._size) for image in images]
-        share = np.zeros(len(images), np.float32)
-        for batch in micro_batches(shapes, max_images=self._max_images):
-            share[batch] = 1 / len(batch)
-        box, label = np.array([[0, 0, 1, 1]], np.float32), np.ones(1, np.int64)
-        return [Detections(box, label, share[index : index + 1]) for index in range(len(images))]
-
-
-def mean_fill(shares: Sequence[float], *, max_micro_batch: int) -> float:
-    """Mean size of the micro-batches as a share of the cap, from each image's share of its own."""
-    return len(shares) / sum(shares) / max_micro_batch

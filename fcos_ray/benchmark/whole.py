@@ -13,8 +13,9 @@ from typing import Any, Final
 import fcos_ray as fr
 from fcos_ray import storage
 from fcos_ray.benchmark.fidelity import fast_decode_cost
+from fcos_ray.benchmark.null import NullDetector, mean_fill
 from fcos_ray.benchmark.photographs import MANIFEST, parse_size, write_photographs
-from fcos_ray.benchmark.stages import NullDetector, mean_fill, measure_stages
+from fcos_ray.benchmark.stages import measure_stages
 from fcos_ray.benchmark.verdict import Capacity, bottleneck, busy_share
 from fcos_ray.errors import ConfigError
 from fcos_ray.inputs.manifests import find_sources

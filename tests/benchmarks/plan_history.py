@@ -13,7 +13,7 @@ from pathlib import Path
 
 import duckdb
 
-_CODE = """
+PLAN_AND_PIN = """
 import json, resource, sys, time
 from pathlib import Path
 from fcos_ray import storage
@@ -90,7 +90,7 @@ def main() -> None:
     )
     for manifest in () if options.generate else (fresh, mixed):
         done = subprocess.run(
-            [sys.executable, "-c", _CODE, str(options.folder), str(manifest)],
+            [sys.executable, "-c", PLAN_AND_PIN, str(options.folder), str(manifest)],
             check=True,
             stdout=subprocess.PIPE,
             text=True,

@@ -17,8 +17,9 @@ import pytest
 
 from fcos_ray.analysis.audit import audit_output
 from fcos_ray.benchmark.fidelity import mean_ap_both_ways
+from fcos_ray.benchmark.null import NullDetector, mean_fill
 from fcos_ray.benchmark.photographs import draw_jpeg, parse_size, write_photographs
-from fcos_ray.benchmark.stages import NullDetector, StageSeconds, mean_fill
+from fcos_ray.benchmark.stages import StageSeconds
 from fcos_ray.benchmark.verdict import Capacity, bottleneck, busy_share
 from fcos_ray.errors import ConfigError
 from fcos_ray.inputs.fetch import FetchPolicy
