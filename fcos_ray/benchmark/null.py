@@ -1,4 +1,4 @@
-"""Null: a detector without a model, which shows what all the rest can do. Imports no torch: its actors start as fast as may be."""
+"""Null: a detector without a model, which shows what all the rest can do. Imports no torch, so that actors start fast."""
 
 from __future__ import annotations
 

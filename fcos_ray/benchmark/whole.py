@@ -29,7 +29,9 @@ from fcos_ray.session import ray_session
 from fcos_ray.summary import versions
 
 _STAGE_IMAGES: Final = 16  # in the stages alone
-_SHARDS: Final = 20  # of the whole job
+_SHARDS: Final = 20  # of the whole job at most
+_MIN_IMAGES: Final = 20
+_MIN_SHARD_ROWS: Final = 64  # as small as a job makes them: each commit takes CPU from the detectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,8 @@ class Asked:
 def measure(folder: str, asked: Asked) -> dict[str, Any]:
     """Everything that jobs/benchmark.py prints, as JSON. Raises UserError, StorageError, RunStopped."""
     sizes = parse_size(asked.image_size)
-    if asked.images < _SHARDS:
-        raise ConfigError(f"--images wanted at least {_SHARDS}, got {asked.images}")
+    if asked.images < _MIN_IMAGES:
+        raise ConfigError(f"--images wanted at least {_MIN_IMAGES}, got {asked.images}")
     place = storage.parse_uri(folder).uri
     config = _config(asked, place)
     loaded = load_weights(config.weights)
@@ -110,7 +112,7 @@ def _config(asked: Asked, folder: str) -> fr.JobConfig:
         manifest=[storage.join(folder, MANIFEST)],
         output=storage.join(folder, "labels"),
         allow_root=[folder] if local else [],
-        shard_rows=asked.images // _SHARDS,
+        shard_rows=max(asked.images // _SHARDS, min(_MIN_SHARD_ROWS, asked.images // 4)),
         max_micro_batch=asked.cap if asked.null_detector else None,
         **asked.settings,
     )
@@ -120,7 +122,7 @@ def _steady(summary: fr.RunSummary) -> float | None:
     """Images per second after the first shard. Without a model detectors' own clocks say how fast they empty a queue."""
     if summary.startup_seconds is None:
         return None
-    return summary.rows * (1 - 1 / _SHARDS) / (summary.wall_seconds - summary.startup_seconds)
+    return summary.rows * (1 - 1 / summary.shards) / (summary.wall_seconds - summary.startup_seconds)
 
 
 def _fill(config: fr.JobConfig, cap: int) -> float:
