@@ -16,10 +16,11 @@ from fcos_ray.errors import ManifestError
 from fcos_ray.inputs.columns import DELETED, PARTITION, REFUSED
 from fcos_ray.inputs.pinned_files import PinnedFile
 from fcos_ray.inputs.plan import KNOWN_COLUMNS, Draft
-from fcos_ray.inputs.scans import quote
+from fcos_ray.inputs.scans import literal, quote
 
 GROUPS_PER_FILE: Final = 64  # a footer costs 1.3 KB per row group of ten columns, and every shard's reader reads it
 _FILE_BYTES: Final = 48 * 2**20  # below s3fs' multipart threshold
+_SORTED_AT_ONCE: Final = 8_000_000  # rows; 10 million are sorted in 3 GB
 
 
 def pin(draft: Draft, folder: str, *, temporary_folder: str | None = None) -> tuple[PinnedFile, ...]:
@@ -27,19 +28,45 @@ def pin(draft: Draft, folder: str, *, temporary_folder: str | None = None) -> tu
 
     `temporary_folder`: as in `storage.create`.
     """
-    order = [PARTITION] if draft.keys else []
     writer = _PinnedWriter(folder, draft, temporary_folder)
     names = [n for n in KNOWN_COLUMNS if n.startswith("content_") and _has_column(draft.connection, n)]
     known = "".join(f", CAST(m.{quote(n)} AS {KNOWN_COLUMNS[n]}) AS {quote(n)}" for n in names)
     carried = "".join(f", m.{quote(n)}" for n in draft.columns)
-    reader = draft.connection.sql(
-        f"SELECT p.image_id, p.uri, p.{REFUSED}, p.{PARTITION}, p.deleted AS {DELETED}{known}{carried} "
-        "FROM planned p LEFT JOIN manifest m ON m.rowid = p.number "
-        f"ORDER BY {', '.join([*(f'p.{o}' for o in order), 'p.shape', 'p.number'])}"
-    ).to_arrow_reader(65_536)
-    for batch in reader:
-        writer.add(batch)
+    joined = "LEFT JOIN manifest m ON m.rowid = p.number" if known or carried else ""
+    for part in _parts(draft.connection):
+        reader = draft.connection.sql(
+            f"SELECT p.image_id, p.uri, p.{REFUSED}, p.{PARTITION}, p.deleted AS {DELETED}{known}{carried} "
+            f"FROM planned p {joined} WHERE {part} ORDER BY p.{PARTITION}, p.shape, p.number"
+        ).to_arrow_reader(65_536)
+        for batch in reader:
+            writer.add(batch)
     return writer.finish()
+
+
+def _parts(connection: duckdb.DuckDBPyConnection) -> list[str]:
+    """Conditions on `planned p` that cut the ordered rows into parts, one after the other, each small enough to be sorted.
+
+    Sorting all of 100 million rows at once runs out of DuckDB's memory, although it sorts on disk (DuckDB 2.0, 3 GB).
+    """
+    found = connection.execute(
+        f"WITH alike AS (SELECT {PARTITION} AS path, shape, count(*) AS n, min(number) AS first, max(number) AS last "
+        "FROM planned GROUP BY ALL), "
+        f"placed AS (SELECT *, (sum(n) OVER (ORDER BY path, shape) - 1) // {_SORTED_AT_ONCE} AS part FROM alike) "
+        "SELECT min((path, shape)), max((path, shape)), sum(n), min(first), max(last) FROM placed "
+        f"GROUP BY part, n > {_SORTED_AT_ONCE} ORDER BY 1"
+    ).fetchall()
+    parts = []
+    for (path, shape), (last_path, last_shape), rows, first, last in found:
+        start = f"(p.{PARTITION} > {literal(path)} OR p.{PARTITION} = {literal(path)} AND p.shape >= {shape})"
+        end = f"(p.{PARTITION} < {literal(last_path)} OR p.{PARTITION} = {literal(last_path)} AND p.shape <= {last_shape})"
+        alike = (path, shape) == (last_path, last_shape)
+        pieces = -(-int(rows) // _SORTED_AT_ONCE) if alike else 1  # in the manifest's order then
+        step = (last - first) // pieces + 1
+        parts += [
+            f"{start} AND {end} AND p.number BETWEEN {number} AND {number + step - 1}"
+            for number in range(first, last + 1, step)
+        ]
+    return parts
 
 
 def _has_column(connection: duckdb.DuckDBPyConnection, name: str) -> bool:

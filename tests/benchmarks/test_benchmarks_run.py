@@ -27,3 +27,15 @@ def test_post_processing_and_loading_are_held_against_what_people_write() -> Non
         assert done.returncode == 0, done.stderr
         for line in done.stdout.splitlines():
             assert min(json.loads(line)["milliseconds"].values()) > 0
+
+
+def test_a_first_plan_and_a_finished_run_are_measured(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.plan_speed", "--folder", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--rows", "3000", "--finished", "2000"], text=True, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    plan, *again = (json.loads(line) for line in done.stdout.splitlines())
+    assert plan["selection"].startswith("3,000 in the manifest: 3,000 new")
+    assert [(one["finished_rows"], one["state"]) for one in again] == [(2000, "nothing_to_do")] * 3
+    assert not list(tmp_path.iterdir()), "it leaves nothing"

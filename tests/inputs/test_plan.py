@@ -20,10 +20,11 @@ from fcos_ray import storage
 from fcos_ray.errors import ManifestError
 from fcos_ray.inputs.fetch import FetchPolicy
 from fcos_ray.inputs.manifests import find_sources
-from fcos_ray.inputs.pin import GROUPS_PER_FILE, pin
+from fcos_ray.inputs.pin import GROUPS_PER_FILE, _parts, pin
 from fcos_ray.inputs.pinned_files import read_shard
 from fcos_ray.inputs.plan import PARTITION, REFUSED, PlanSettings, draft_plan
 from fcos_ray.inputs.resolve import resolve_uri, resolver
+from fcos_ray.inputs.scans import count_rows
 from fcos_ray.outputs.schema import RESERVED_COLUMNS
 from tests.inputs.planning import jsonl, parquet, plan, put, text
 
@@ -526,6 +527,38 @@ def test_rows_are_ordered_by_partition_then_padded_shape_then_place(tmp_path: Pa
         for shape in set(groups):
             members = [name for name in half if name[0] in shape]
             assert members == [name for name in names if name in members]
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 40, 200, 1000])
+def test_a_plan_that_is_sorted_in_parts_is_the_one_that_is_sorted_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """Most rows in one group of one path and shape, which is cut by place; the others in many small ones."""
+    dice = random.Random(at_once)
+    common = [dice.random() < 0.6 for _ in range(400)]
+    table = {
+        "uri": [f"u{i}" for i in range(400)],
+        "p": ["it's" if c else dice.choice(["a", "é", "z z", "~", "A"]) for c in common],
+        "width": [640 if c else dice.choice([100, 300, 640, 900]) for c in common],
+        "height": pa.array([480 if c else dice.choice([None, 100, 480, 800]) for c in common], pa.int32()),
+    }
+    manifest = parquet(tmp_path / "m.parquet", table)
+    for number, settings in enumerate(({"partition_by": ("p",)}, {})):
+        asked = {"shard_rows": 9, **settings}
+        wanted = plan(manifest, pinned=tmp_path / f"whole{number}", **asked)
+        with monkeypatch.context() as patch:
+            patch.setattr("fcos_ray.inputs.pin._SORTED_AT_ONCE", at_once)
+            got = plan(manifest, pinned=tmp_path / f"parts{number}", **asked)
+        assert got.rows.num_rows == 400
+        assert got.shards == wanted.shards
+    monkeypatch.setattr("fcos_ray.inputs.pin._SORTED_AT_ONCE", at_once)
+    policy = FetchPolicy(allow_roots=(str(tmp_path),))
+    with draft_plan(find_sources([str(manifest)]), PlanSettings(partition_by=("p",), fetch=policy)) as draft:
+        rows = [
+            count_rows(draft.connection, f"SELECT count(*) FROM planned p WHERE {p}") for p in _parts(draft.connection)
+        ]
+    assert sum(rows) == 400
+    assert at_once < 40 or max(rows) < 2 * at_once, "places are not dealt out evenly; few rows are uneven"
 
 
 def test_shards_have_the_planned_sizes_and_never_cross_partitions(tmp_path: Path) -> None:
