@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 BACKGROUND: Final = "__background__"  # label 0, in torchvision's spelling
 _SAMPLE: Final = Path(__file__).parent / "sample" / "weights.safetensors"  # recipe.toml beside it says how they came
 _CLS_LOGITS: Final = "head.classification_head.cls_logits.weight"  # (num_classes, channels, 3, 3)
-_OF_NUMPY: Final = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 _METADATA: Final = "fcos_ray"  # key in a safetensors file's metadata: what the weights are, as JSON
 # What torch.load raises on files that are no checkpoints, are damaged, or hold more than tensors and containers.
 LOAD_ERRORS: Final = (
@@ -214,24 +213,28 @@ def _read_torch(data: bytes, name: str) -> dict[str, Any]:
 
 def _read_safetensors(data: bytes, name: str) -> tuple[dict[str, Any], _Given]:
     try:
-        header = json.loads(data[8 : 8 + struct.unpack_from("<Q", data)[0]])
-        said = json.loads((header.pop("__metadata__", None) or {}).get(_METADATA, "{}"))
-        state: dict[str, Any]
-        if {tensor["dtype"] for tensor in header.values()} <= _OF_NUMPY:
-            state = safetensors.numpy.load(data)
-        else:  # bf16 and such
-            from safetensors.torch import load
-
-            state = load(data)
+        state = _tensors(data)  # first: it checks the header
+        header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+        said = json.loads((header.get("__metadata__") or {}).get(_METADATA, "{}"))
         given = _Given(
             architecture=str(said.get("architecture", DEFAULT_ARCHITECTURE)),
             categories=tuple(str(name) for name in said["categories"]) if "categories" in said else None,
             trained_input=dict(said.get("trained_input", {})),
             training=said.get("training"),
         )
-    except (safetensors.SafetensorError, struct.error, LookupError, ValueError, TypeError, AttributeError) as error:
+    except (safetensors.SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"weights {name} are no safetensors file of ours: {storage.describe(error)}") from error
     return _of_predictions(state), given
+
+
+def _tensors(data: bytes) -> dict[str, Any]:
+    try:
+        arrays: dict[str, Any] = safetensors.numpy.load(data)
+    except KeyError:  # a type that numpy has not, such as bf16
+        from safetensors.torch import load
+
+        arrays = load(data)
+    return arrays
 
 
 def _of_predictions(state: Mapping[Any, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import random
+import struct
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights, fcos_resnet50_fpn
 
@@ -203,9 +205,15 @@ def test_the_inputs_size_is_as_asked_else_as_trained_else_the_architectures(few:
 
 
 def test_a_model_of_another_dtype_is_loaded_as_float32(few: Weights, tmp_path: Path) -> None:
-    path = tmp_path / "half.pth"
-    path.write_bytes(as_pth({key: tensor.bfloat16() for key, tensor in tensors(few).items()}))
-    assert {array.dtype for array in load_weights(str(path)).state.values()} == {np.dtype(np.float32)}
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):  # numpy has no bfloat16
+        halves = {key: tensor.to(dtype) for key, tensor in tensors(few).items()}
+        files = {"half.pth": as_pth(halves), "half.safetensors": safetensors.torch.save(halves)}
+        for name, data in files.items():
+            (tmp_path / name).write_bytes(data)
+            loaded = load_weights(str(tmp_path / name)).state
+            for key, wanted in halves.items():
+                assert loaded[key].dtype == np.float32
+                assert np.array_equal(loaded[key], wanted.float().numpy()), key
 
 
 def test_weights_travel_through_pickle_without_copying_their_arrays(few: Weights) -> None:
@@ -251,6 +259,11 @@ def broken_files(few: Weights) -> dict[str, tuple[bytes, str]]:
         "shape.pth": (
             as_pth({**state, key: torch.zeros(2, 3)}),
             r"1 of another shape: .* \(2, 3\) instead of \(64, 3,",
+        ),
+        "deep.safetensors": (struct.pack("<Q", 200_000) + b"[" * 200_000, "are no safetensors file of ours"),
+        "deep-inside.safetensors": (
+            safetensors.torch.save(state, {"fcos_ray": '{"categories":' + "[" * 200_000}),
+            "are no safetensors file of ours",
         ),
         "text.safetensors": (b"this is not a safetensors file", "are no safetensors file of ours"),
         "weights.onnx": (b"", "are unknown: wanted COCO_V1, sample, random:<seed>, or the path or uri"),
