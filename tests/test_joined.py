@@ -46,7 +46,7 @@ def test_a_second_driver_begins_at_the_other_end_and_both_end_when_they_meet(
     def other() -> None:
         while not list((output / "detections").rglob("*.parquet")):  # ours has begun, at its end
             time.sleep(0.05)
-        run_night(manifest, output, shard_rows=2, weights="random:1")
+        run_night(manifest, output, alone=False, shard_rows=2, weights="random:1")
 
     caplog.set_level("INFO", logger="fcos_ray")
     thread = threading.Thread(target=other)

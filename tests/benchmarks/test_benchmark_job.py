@@ -157,7 +157,7 @@ def test_the_job_measures_every_stage_and_the_whole() -> None:
 @pytest.mark.ray
 @pytest.mark.timeout(400)
 def test_without_a_model_it_says_how_full_micro_batches_are(tmp_path: Path) -> None:
-    sizes = ["--image-size", "64x48", "--no-sizes", "--images", "40", "--weights", "sample"]
+    sizes = ["--image-size", "64x48", "--no-sizes", "--images", "64", "--weights", "sample"]
     done = run_job(*sizes, "--null-detector", "--cap", "2", "--folder", str(tmp_path))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
