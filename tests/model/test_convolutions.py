@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch.nn.functional import conv2d
 
 from fcos_ray.model import checks
 from fcos_ray.model.architectures import build_model, fold_batchnorm
-from fcos_ray.model.convolutions import WinogradConv2d, quicken
+from fcos_ray.model.convolutions import F2, F4, Algorithm, WinogradConv2d, quicken
 from fcos_ray.model.detector import Detector
 from fcos_ray.model.weights import load_weights
 
@@ -41,45 +40,42 @@ def test_winograd_rounds_little_more_than_a_direct_convolution(shape: tuple[int,
     assert float((got - wanted).abs().max()) < 2e-5  # values of about one; direct: up to 7e-6
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (5, 9), (25, 34), (30, 200)])
+@torch.inference_mode()
+def test_winograd_in_bf16_rounds_twice_as_much_as_a_direct_convolution(shape: tuple[int, int]) -> None:
+    with torch.inference_mode(False):
+        conv = convolution(256, 256)
+        quick = WinogradConv2d(conv, F2).bfloat16()
+    x = torch.randn(2, 256, *shape).bfloat16()
+    wanted = exact(conv, x)
+    got, direct = quick(x), conv.bfloat16()(x)
+    assert got.dtype == torch.bfloat16
+    spread = {name: float((y - wanted).square().mean().sqrt()) for name, y in {"ours": got, "direct": direct}.items()}
+    assert spread["ours"] < 2.6 * spread["direct"]
+
+
 def test_winograd_takes_any_memory_format_and_no_bias() -> None:
     conv = convolution(128, 128, bias=False)
     x = torch.randn(1, 128, 7, 10)
     torch.testing.assert_close(WinogradConv2d(conv)(x).double(), exact(conv, x), atol=2e-5, rtol=0)
 
 
-def test_an_image_does_not_depend_on_its_neighbours() -> None:
-    quick = WinogradConv2d(convolution(128, 128))
-    images = torch.randn(3, 128, 9, 11).to(memory_format=torch.channels_last)
+@pytest.mark.parametrize(("algorithm", "dtype"), [(F4, torch.float32), (F2, torch.bfloat16)], ids=["fp32", "bf16"])
+def test_an_image_does_not_depend_on_its_neighbours(algorithm: Algorithm, dtype: torch.dtype) -> None:
+    quick = WinogradConv2d(convolution(256, 256), algorithm).to(dtype)
+    images = torch.randn(3, 256, 9, 11).to(dtype=dtype, memory_format=torch.channels_last)
     for index, image in enumerate(quick(images)):
         assert torch.equal(image, quick(images[index : index + 1])[0])
 
 
-def test_what_a_larger_image_left_in_memory_does_not_matter() -> None:
-    quick = WinogradConv2d(convolution(128, 128))
-    small = torch.randn(1, 128, 6, 5)
-    first = quick(small)
-    quick(torch.full((1, 128, 30, 30), torch.nan))
-    assert torch.equal(quick(small), first)
-
-
-def test_threads_do_not_share_memory() -> None:
-    conv = convolution(128, 128)
-    quick = WinogradConv2d(conv)
-    images = [torch.randn(1, 128, size, size) for size in (40, 41, 60, 61)]
-    wanted = [quick(image) for image in images]
-    differ: list[int] = []
-
-    def compare(index: int) -> None:
-        for _ in range(20):
-            if not torch.equal(quick(images[index]), wanted[index]):
-                differ.append(index)
-
-    threads = [threading.Thread(target=compare, args=(index,)) for index in range(len(images))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not differ
+@pytest.mark.parametrize("columns", [1, 3, 136, 137, 600])
+@pytest.mark.parametrize("algorithm", [F2, F4], ids=["F2", "F4"])
+def test_strips_of_any_width_join_without_a_seam(algorithm: Algorithm, columns: int) -> None:
+    """One strip, several, the last of them shorter; tiles that reach over the image's edge."""
+    quick = WinogradConv2d(conv := convolution(256, 64), algorithm)
+    for rows in (1, 11):
+        x = torch.randn(1, 256, rows * algorithm.output - 1, columns * algorithm.output - 1)
+        torch.testing.assert_close(quick(x).double(), exact(conv, x), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -124,11 +120,12 @@ def test_a_quickened_model_gives_the_same_outputs_on_one_thread_and_two(architec
         torch.set_num_threads(threads)
 
 
-def test_only_fp32_on_a_cpu_is_quickened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_precision_has_its_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "_is_native", lambda *_: True)  # any CPU can hold a model in bf16
-    kinds = {
-        precision: {type(module) for module in Detector("random:1", device="cpu", precision=precision)._model.modules()}
-        for precision in ("fp32", "bf16")
-    }
-    assert WinogradConv2d in kinds["fp32"]
-    assert WinogradConv2d not in kinds["bf16"]
+    used = {}
+    for precision in ("fp32", "bf16"):
+        modules = Detector("random:1", device="cpu", precision=precision)._model.modules()
+        used[precision] = [module.algorithm for module in modules if isinstance(module, WinogradConv2d)]
+    assert used == {"fp32": [F4] * 22, "bf16": [F2] * 19}  # 19 have 256 channels or more
+    model = nn.Sequential(convolution(256, 256))
+    assert type(quicken(model, torch.float16)[0]) is nn.Conv2d  # type: ignore[index]

@@ -93,6 +93,14 @@ def test_nothing_scores_above_one_and_nothing_passes_when_all_logits_are_low() -
     assert assert_equal(*both(head_outputs(5, bias=-60.0))) == 0
 
 
+@pytest.mark.parametrize("anchor", [0, 7, 8, 350, 695, 696, 700])  # 701 are eights and five more
+@pytest.mark.parametrize("image", range(len(SHAPES)))
+def test_a_lone_candidate_is_found_wherever_it_stands(image: int, anchor: int) -> None:
+    outputs = head_outputs(7, bias=-30.0)
+    outputs.cls_logits[image, anchor, 4], outputs.bbox_ctrness[image, anchor] = 5.0, 3.0
+    assert assert_equal(*both(outputs)) == 1
+
+
 @pytest.mark.parametrize("ctrness", [80.0, 3.0, 0.0, -2.0, -12.0])
 def test_scores_at_the_threshold_survive_the_test_on_logits(ctrness: float) -> None:
     """At the very edge, σ(cls) = t² / σ(ctr), the logit test alone must never drop what the score keeps."""
