@@ -39,7 +39,7 @@ bench: install  ## speed against what people write (hours), and a night's plan a
 	$(BIN)/python -m tests.benchmarks.plan_speed
 	$(BIN)/python -m tests.benchmarks.plan_history --folder $(FOLDER)
 	$(BIN)/pip install --quiet --editable '.[dev,peers]'
-	$(BIN)/python -m tests.benchmarks.peers --images 400
+	$(BIN)/python -m tests.benchmarks.peers --images 400 --others 100
 
 readme: install  ## the README's settings table, from the definition
 	$(BIN)/python tests/test_readme.py

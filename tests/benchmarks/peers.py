@@ -1,8 +1,9 @@
-"""The whole job beside what else people run: `python -m tests.benchmarks.peers --images 400 --json peers.json`.
+"""The whole job beside what else people run: `python -m tests.benchmarks.peers --images 400 --others 100 --json peers.json`.
 
 The same drawn photographs and weights for every peer (tests/benchmarks/peer.py says how each is written). In each round
-every peer labels the same folder in turn, so that a machine that drifts drifts for all. A turn is a process of its own;
-its steady state is from each worker's first result to its last, added up, its total from the command's start to its end.
+every peer labels the same images in turn, or the first of them (`--others`: a loop's images take equally long, and the
+slowest peers would take hours), so that a machine that drifts drifts for all. A turn is a process of its own; its steady
+state is from each worker's first result to its last, added up, its total from the command's start to its end.
 Every peer's detections are held against the plain loop's. Exit code 1 when a peer fails or finds something else.
 """
 
@@ -30,6 +31,7 @@ from typing import Any, Final
 import numpy as np
 
 from fcos_ray.benchmark.photographs import write_photographs
+from tests.benchmarks.turns import photographs
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 LABELS: Final = {
@@ -52,6 +54,7 @@ Found = Mapping[str, Mapping[str, list[Any]]]  # file name -> boxes, labels, sco
 class Turn:
     """A peer's turn as seen from outside."""
 
+    images: int
     seconds: float  # per image, from the command's start to its end
     steady_seconds: float | None  # per image
     found_again: float | None  # share of detections with a partner in the plain loop's; None where that did not run
@@ -65,7 +68,9 @@ class Row:
     turns: tuple[Turn, ...]
     trouble: str | None  # why there are no figures, or none that count
     times_steady: tuple[float, float, float] | None = None  # median, least, most
-    times_total: float | None = None
+    times_total: float | None = (
+        None  # None where the plain loop labelled other numbers of images: start-up weighs differently
+    )
 
 
 def absent(peer: str) -> str | None:
@@ -95,7 +100,7 @@ def take_turn(peer: str, folder: Path, reference: Found | None) -> tuple[Turn, F
     share = None if reference is None else found_again(found, reference)
     if share is not None and share < LEAST_FOUND["bf16" if peer.endswith("bf16") else "fp32"]:
         raise RuntimeError(f"failed: finds {share:.1%} of what the plain loop does")
-    return Turn(seconds / len(names), answer["steady_seconds"], share), found
+    return Turn(len(names), seconds / len(names), answer["steady_seconds"], share), found
 
 
 def found_again(found: Found, reference: Found) -> float:
@@ -114,23 +119,23 @@ def found_again(found: Found, reference: Found) -> float:
     return partners / wanted if wanted else 1.0
 
 
-def run_rounds(peers: Sequence[str], folders: Sequence[Path]) -> dict[str, Row]:
-    """Every peer in turn in every folder. A peer that fails takes no further turn."""
+def run_rounds(peers: Sequence[str], rounds: Sequence[tuple[Path, Path]]) -> dict[str, Row]:
+    """Every peer in turn in every round: the job in its first folder, others in its second. Who fails has no further turn."""
     turns: dict[str, list[Turn]] = {peer: [] for peer in peers}
     trouble = {peer: why for peer in peers if (why := absent(peer))}
-    for number, folder in enumerate(folders):
+    for number, (folder, others) in enumerate(rounds):
         reference: Found | None = None
         for peer in peers:
             if peer in trouble:
                 continue
             try:
-                turn, found = take_turn(peer, folder, reference)
+                turn, found = take_turn(peer, folder if peer.startswith("fcos_ray") else others, reference)
             except RuntimeError as error:
                 trouble[peer] = str(error)
                 continue
             reference = found if peer == "plain" else reference
             turns[peer].append(turn)
-            print(f"round {number + 1}/{len(folders)}  {peer}: {asdict(turn)}", file=sys.stderr, flush=True)
+            print(f"round {number + 1}/{len(rounds)}  {peer}: {asdict(turn)}", file=sys.stderr, flush=True)
     rows = {peer: Row(peer, tuple(turns[peer]), trouble.get(peer)) for peer in peers}
     return {peer: _with_ratios(row, rows.get("plain")) for peer, row in rows.items()}
 
@@ -143,23 +148,26 @@ def _with_ratios(row: Row, plain: Row | None) -> Row:
     return replace(
         row,
         times_steady=(statistics.median(steady), min(steady), max(steady)) if steady else None,
-        times_total=statistics.median(p.seconds / t.seconds for p, t in pairs),
+        times_total=statistics.median(p.seconds / t.seconds for p, t in pairs)
+        if all(p.images == t.images for p, t in pairs)
+        else None,
     )
 
 
 def table(rows: Mapping[str, Row]) -> str:
     lines = [
-        "| | seconds per image, steady | times the plain loop (least–most) | with start-up | times | found again |",
-        "|---|---|---|---|---|---|",
+        "| | images | seconds per image, steady | times the plain loop (least–most) | with start-up | times | found again |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows.values():
         if row.trouble:
-            lines.append(f"| {LABELS[row.peer]} | {row.trouble} | | | | |")
+            lines.append(f"| {LABELS[row.peer]} | {row.trouble} | | | | | |")
             continue
         steady = [turn.steady_seconds for turn in row.turns if turn.steady_seconds]
         shares = [turn.found_again for turn in row.turns if turn.found_again is not None]
         cells = [
             LABELS[row.peer],
+            f"{sum(turn.images for turn in row.turns)}",
             f"{statistics.median(steady):.3f}" if steady else "too few results",
             "{:.2f} ({:.2f}–{:.2f})".format(*row.times_steady) if row.times_steady else "",
             f"{statistics.median(turn.seconds for turn in row.turns):.3f}",
@@ -183,13 +191,27 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "tests.benchmarks.peers", *sys.argv[1:]]),
         "load_before": os.getloadavg()[0],
         "images": options.images,
+        "others": options.others,
         "rounds": options.rounds,
     }
+
+
+def _draw(place: Path, number: int, options: argparse.Namespace) -> tuple[Path, Path]:
+    """A round's share of the images, and the first of them, in folders of their own."""
+    share, first = (
+        total // options.rounds + (number < total % options.rounds) for total in (options.images, options.others)
+    )
+    write_photographs(str(place / "all"), [(640, 480)], num_images=share)
+    (place / "some" / "images").mkdir(parents=True)
+    for path in photographs(place / "all")[:first]:
+        (place / "some" / "images" / path.name).hardlink_to(path)
+    return place / "all", place / "some"
 
 
 def _options() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--others", type=int, help="images for all but fcos_ray (default: the same)")
     parser.add_argument("--rounds", type=int, default=4, help="the images are shared out among them")
     parser.add_argument("--peers", default=",".join(LABELS), help="comma-separated; ratios need plain among them")
     parser.add_argument("--json", type=Path)
@@ -197,8 +219,11 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
     peers = options.peers.split(",")
     if unknown := set(peers) - LABELS.keys():
         parser.error(f"--peers wanted some of {', '.join(LABELS)}, got {', '.join(sorted(unknown))}")
-    if not 1 <= options.rounds <= options.images:
-        parser.error(f"--rounds wanted 1 to --images ({options.images}), got {options.rounds}")
+    options.others = options.images if options.others is None else options.others
+    if not 1 <= options.rounds <= options.others <= options.images:
+        parser.error(
+            f"wanted --rounds ≤ --others ≤ --images, got {options.rounds}, {options.others} and {options.images}"
+        )
     return options, sorted(peers, key=lambda peer: peer != "plain")  # the others are held against it
 
 
@@ -206,11 +231,8 @@ def main() -> None:
     options, peers = _options()
     facts = about(options)
     with tempfile.TemporaryDirectory(prefix="fcos_ray-peers-") as place:
-        folders = [Path(place, f"{number:03d}") for number in range(options.rounds)]
-        for number, folder in enumerate(folders):
-            share = options.images // options.rounds + (number < options.images % options.rounds)
-            write_photographs(str(folder), [(640, 480)], num_images=share)
-        rows = run_rounds(peers, folders)
+        rounds = [_draw(Path(place, f"{number:03d}"), number, options) for number in range(options.rounds)]
+        rows = run_rounds(peers, rounds)
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     print(table(rows))
     print(f"\n{facts['machine']}; {versions}; {facts['date']}; load {facts['load_before']:.1f}; `{facts['command']}`")

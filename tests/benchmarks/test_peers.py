@@ -42,15 +42,17 @@ def test_what_is_found_again_has_the_same_label_within_two_pixels() -> None:
 @pytest.mark.ray
 def test_the_loop_and_the_job_find_the_same(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.benchmarks.peers", "--peers", "fcos_ray-fp32,plain"]
-    sizes = ["--images", "3", "--rounds", "1", "--json", str(tmp_path / "peers.json")]
+    sizes = ["--images", "3", "--others", "2", "--rounds", "1", "--json", str(tmp_path / "peers.json")]
     done = subprocess.run([*command, *sizes], text=True, capture_output=True, timeout=500)
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "peers.json").read_text())
     plain, ours = told["rows"]
     assert (plain["peer"], ours["peer"]) == ("plain", "fcos_ray-fp32")
     assert ours["turns"][0]["found_again"] >= 0.99
+    assert (plain["turns"][0]["images"], ours["turns"][0]["images"]) == (2, 3)
     assert plain["turns"][0]["steady_seconds"] > 0
-    assert "| fcos_ray, fp32 |" in done.stdout
+    assert ours["times_total"] is None  # of other numbers of images
+    assert "| fcos_ray, fp32 | 3 |" in done.stdout
     assert " cores; torch " in done.stdout
 
 
