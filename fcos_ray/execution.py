@@ -37,10 +37,6 @@ from fcos_ray.pipeline import MakeDetector, Stages, result_rows
 from fcos_ray.progress import RunProgress
 
 logger = logging.getLogger("fcos_ray")
-# Each is a process to start: 2 s of CPU, which a short run on few cores does without.
-_COMMITS_IN_FLIGHT: Final = 8
-_FIRST_COMMITS_IN_FLIGHT: Final = 2  # until so many are done:
-_FIRST_COMMITS: Final = 64
 _LOOK_SECONDS: Final = 30.0  # between looks whether the run is still open and others have done the rest: listings
 # Ray Data's loggers that tell of every execution that it ended, and that our setting of no progress bars was followed.
 _CHATTY: Final = ("ray.data._internal.execution.streaming_executor", "ray.data._internal.progress")
@@ -247,9 +243,7 @@ class Execution:
                             self._submit(whole, files)
                         else:
                             set_aside += whole.errors_by_code
-                    few = self.stats.num_commits < _FIRST_COMMITS
-                    leave = _FIRST_COMMITS_IN_FLIGHT if few else _COMMITS_IN_FLIGHT
-                    trouble = self._reap(leave=leave) or trouble
+                    trouble = self._reap(leave=self._stages.layout.num_commits) or trouble
                     if self._all_done_elsewhere():
                         break
         except RayError as error:

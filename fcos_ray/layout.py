@@ -18,6 +18,8 @@ LOAD_CPUS_BESIDE_CPU_DETECTORS: Final = 0.25
 DETECT_CPUS_PER_CORE: Final = 0.7
 LOAD_CPUS_BESIDE_GPUS: Final = 1.0  # decoding fills a core
 DETECT_CPUS_BESIDE_GPUS: Final = 0.5
+MAX_COMMITS: Final = 8
+CPUS_PER_COMMIT: Final = 4  # a commit reserves nothing, but each at a time is a process to start: 2 s of CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class Layout:
     num_load_tasks: int
     load_rows: int  # images per load task
     micro_batch: int = 1  # images of one padded shape in a forward pass, at most
+    num_commits: int = 2  # at a time, at most
 
     @property
     def num_read_tasks(self) -> int:
@@ -99,4 +102,5 @@ def plan_layout(
     # A task orders its images by shape, and 512 photographs of mixed sizes fill micro-batches of 16 by half and more.
     micro_batch = max_micro_batch or MAX_MICRO_BATCH[chosen]
     load_rows = max(4, min(max(128, 32 * micro_batch), -(-num_rows // (4 * load_tasks))))
-    return Layout(chosen, detectors, detector_cpus, gpus, threads, share, load_tasks, load_rows, micro_batch)
+    commits = max(2, min(MAX_COMMITS, int(cluster.num_cpus / CPUS_PER_COMMIT)))
+    return Layout(chosen, detectors, detector_cpus, gpus, threads, share, load_tasks, load_rows, micro_batch, commits)

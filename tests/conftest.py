@@ -126,9 +126,11 @@ def ray_session(request: pytest.FixtureRequest) -> Iterator[Any]:
     """A local Ray with four logical CPUs. Its workers reach the S3 server too, when there is one."""
     import ray
 
+    from fcos_ray.session import start_local_ray
+
     # Workers inherit the environment of ray.init, so the server comes first.
     if not missing_programs():
         request.getfixturevalue("s3_server")
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    start_local_ray(num_cpus=4, configure_logging=False)
     yield ray
     ray.shutdown()

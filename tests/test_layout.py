@@ -125,3 +125,8 @@ def test_a_layout_describes_itself_in_one_line() -> None:
         "device cpu: up to 4 detectors (0.7 CPU each), up to 4 load tasks (0.25 CPU each) of 128 images"
     )
     assert "0.5 GPU each" in layout(8, 1, gpus_per_detector=0.5).describe()
+
+
+@pytest.mark.parametrize(("cpus", "commits"), [(1, 2), (2, 2), (8, 2), (16, 4), (64, 8)])
+def test_few_cores_start_few_processes_for_commits(cpus: int, commits: int) -> None:
+    assert layout(cpus).num_commits == layout(cpus, 1).num_commits == commits

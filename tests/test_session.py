@@ -1,4 +1,4 @@
-"""A Ray that we start is for this process alone: loopback, and a token."""
+"""A Ray that we start is for this process alone: loopback, and a token. Its workers stay."""
 
 from __future__ import annotations
 
@@ -24,6 +24,22 @@ with ray_session() as cluster:
     sockets = sorted({host for pid in [os.getpid(), *descendants(os.getpid())] for host, _ in listening(pid)})
     print(json.dumps({"address": address, "hosts": sockets, "cpus": cluster.num_cpus}), flush=True)
     sys.stdin.readline()
+"""
+
+IDLE = """
+import os, sys, time
+import ray
+from fcos_ray.session import ray_session
+
+@ray.remote(num_cpus=0)
+def process(seconds):
+    time.sleep(seconds)
+    return os.getpid()
+
+with ray_session() as cluster:
+    pids = set(ray.get([process.remote(1.0) for _ in range(int(cluster.num_cpus) + 3)]))
+    time.sleep(6)
+    print(cluster.num_cpus, len(pids), sum(os.path.exists(f"/proc/{pid}") for pid in pids))
 """
 
 STRANGER = """
@@ -61,3 +77,12 @@ def test_a_local_ray_listens_on_loopback_only_and_wants_its_token(tmp_path: Path
         assert stranger.returncode == 3, stranger.stdout + stranger.stderr
         assert "Authentication" in stranger.stdout
     assert not list(tmp_path.rglob("auth_token")), "the token stays in this process's environment"
+
+
+def test_a_local_ray_keeps_its_idle_workers() -> None:
+    """By Ray's default those beyond the number of CPUs end after a second, and the next commit starts another."""
+    done = subprocess.run([sys.executable, "-c", IDLE], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    cpus, started, alive = map(float, done.stdout.split())
+    assert started > cpus
+    assert alive == started
