@@ -36,6 +36,7 @@ chaos: install  ## kills, stops, a failing store, an outage of two minutes: an h
 bench: install  ## speed against what people write (hours), and a night's plan against 100 million images (FOLDER keeps 6 GB)
 	$(BIN)/python -m tests.benchmarks.postprocess_speed
 	$(BIN)/python -m tests.benchmarks.load_speed
+	$(BIN)/python -m tests.benchmarks.no_model
 	$(BIN)/python -m tests.benchmarks.plan_speed
 	$(BIN)/python -m tests.benchmarks.plan_history --folder $(FOLDER)
 	$(BIN)/pip install --quiet --editable '.[dev,peers]'

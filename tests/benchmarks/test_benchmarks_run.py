@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def test_planning_against_a_history_finds_what_was_generated(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.benchmarks.plan_history", "--folder", str(tmp_path), "--runs", "3"]
@@ -39,3 +41,14 @@ def test_a_first_plan_and_a_finished_run_are_measured(tmp_path: Path) -> None:
     assert plan["selection"].startswith("3,000 in the manifest: 3,000 new")
     assert [(one["finished_rows"], one["state"]) for one in again] == [(2000, "nothing_to_do")] * 3
     assert not list(tmp_path.iterdir()), "it leaves nothing"
+
+
+@pytest.mark.ray
+def test_a_job_without_a_model_is_measured() -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.no_model", "--rows", "200"]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["rows"], told["shards"]) == (200, 4)
+    assert told["images_per_second"] > told["images_per_second_with_start"] > 0
+    assert told["driver_peak_mb"] > 100
