@@ -43,6 +43,7 @@ END_SECONDS = 420.0  # for one driver to end by itself
 NODES: tuple[dict[str, int], ...] = (
     {"num_cpus": 1}, {"num_cpus": 1}, {"num_cpus": 1, "num_gpus": 1}, {"num_cpus": 1, "num_gpus": 1},
 )  # fmt: skip
+ON_NODES = flags(device="cpu", gpus_per_detector=1)
 
 
 @dataclass(slots=True)
@@ -106,7 +107,8 @@ class Round:
         self._must_go_on = False
         self._arguments = [
             *flags(manifest=corpus / "manifest.parquet", output=self.output, weights="sample", shard_rows=SHARD_ROWS),
-            *flags(device="cpu", gpus_per_detector=1, stall_seconds=STALL_SECONDS, round_wait_seconds=0.5),
+            *flags(stall_seconds=STALL_SECONDS, round_wait_seconds=0.5),
+            *ON_NODES,
         ]
 
     def start(self, *, local: bool = False) -> subprocess.Popen[str]:
@@ -269,21 +271,23 @@ def plan_rounds(rounds: int, dice: random.Random) -> list[list[str]]:
     return plan
 
 
-def run_rounds(rounds: int, seed: int, num_images: int = NUM_IMAGES) -> list[Event]:
-    """What happened, told as it happens; each round's last event has its verdict."""
+def run_rounds(
+    rounds: int, seed: int, num_images: int = NUM_IMAGES, *, plan: Sequence[Sequence[str]] | None = None
+) -> list[Event]:
+    """What happened, told as it happens; each round's last event has its verdict. `plan`: the hits, else drawn."""
     dice = random.Random(seed)
     events: list[Event] = []
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder, RayCluster(*NODES) as ray:
         corpus, quiet = Path(folder) / "corpus", Path(folder) / "undisturbed"
         write_sample(corpus, num_images=num_images, seed=seed, num_broken=10)
         job = flags(manifest=corpus / "manifest.parquet", output=quiet, weights="sample", shard_rows=SHARD_ROWS)
-        done = run_job("detect", *job)
+        # On the nodes, as the rounds: a Ray of its own would be 6 s more to start and to end.
+        done = run_job("detect", *job, *ON_NODES, environment=ray.environment)
         assert done.returncode == 0, done.stderr
-        with RayCluster(*NODES) as ray:
-            nodes = Nodes(ray, results_of(quiet))
-            assert sorted(nodes.undisturbed) == sorted(manifest_ids(corpus / "manifest.parquet"))
-            for number, kinds in enumerate(plan_rounds(rounds, dice), start=1):
-                events += Round(number, kinds, dice, nodes, corpus).run()
+        nodes = Nodes(ray, results_of(quiet))
+        assert sorted(nodes.undisturbed) == sorted(manifest_ids(corpus / "manifest.parquet"))
+        for number, kinds in enumerate(plan or plan_rounds(rounds, dice), start=1):
+            events += Round(number, kinds, dice, nodes, corpus).run()
     return events
 
 

@@ -1,4 +1,4 @@
-"""A short chaos: two rounds of hits. `make chaos` has as many as you like."""
+"""A short chaos: one round of five hits. `make chaos` has as many rounds as you like."""
 
 from __future__ import annotations
 
@@ -9,12 +9,21 @@ import pytest
 from tests.chaos import harness
 from tests.chaos.hits import HITS
 
+# One run takes them all: a second round for three of them was 75 s more, most of it starts and ends of processes.
+HIT = (
+    "kill a decode child",
+    "kill the driver",
+    "start a second driver",
+    "kill a commit in its write",
+    "kill a load worker",
+)
+
 
 @pytest.mark.chaos
 @pytest.mark.timeout(1800)
-def test_two_rounds_of_chaos_end_as_if_nothing_had_happened() -> None:
-    events = harness.run_rounds(2, seed=3, num_images=80)
-    assert [event.verdict for event in events if event.verdict] == ["same", "same"]
+def test_a_round_of_chaos_ends_as_if_nothing_had_happened() -> None:
+    events = harness.run_rounds(1, seed=3, num_images=80, plan=[HIT])
+    assert [event.verdict for event in events if event.verdict] == ["same"]
     struck = " ".join(event.what for event in events)
     assert "kill the driver: pid" in struck, "choose another seed"
     assert "start a second driver: pid" in struck
