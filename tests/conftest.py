@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 
 # Before anything imports Ray or botocore.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -119,6 +120,15 @@ def s3_bucket(s3_server: RgwServer) -> str:
     name = f"test-{uuid.uuid4().hex[:12]}"
     storage.s3().call_s3("create_bucket", Bucket=name, timeout=30)
     return f"s3://{name}"
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """What a job script called within this process does with signals ends with the test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

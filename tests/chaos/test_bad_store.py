@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,8 +19,9 @@ import s3fs
 from fcos_ray import storage
 from fcos_ray.errors import ERROR_CODES
 from fcos_ray.sample import write_sample
+from jobs import detect
 from tests.corpus import manifest_ids, results_of, rows_of
-from tests.processes import flags, run_job, start_job, wait_until
+from tests.processes import call_job, flags, run_job, start_job, wait_until
 from tests.rgw import RgwServer
 from tests.s3_faults import Request, S3Faults, Trouble, spread
 
@@ -133,9 +135,11 @@ def test_an_outage_in_mid_run_leaves_no_rows_behind(
     assert_whole(f"{bucket}/outage", undisturbed)
 
 
-def test_a_store_that_ignores_the_condition_is_refused_before_any_work(bucket: str, s3_server: RgwServer) -> None:
-    with S3Faults(s3_server.endpoint, lambda _: "pass", unconditional=s3_server.owner) as proxy:
-        done = run_job("detect", *arguments(bucket, "unconditional"), environment=through(proxy), timeout=JOB_SECONDS)
+def test_a_store_that_ignores_the_condition_is_refused_before_any_work(
+    bucket: str, s3_server: RgwServer, s3_faults: Callable[..., S3Faults], own_signals: None
+) -> None:
+    s3_faults(lambda _: "pass", unconditional=s3_server.owner)
+    done = call_job(detect.main, *arguments(bucket, "unconditional"))
     assert done.returncode == 2, done.stderr
     assert "It ignores If-None-Match" in done.stderr
     assert list(storage.list_files(f"{bucket}/unconditional")) == []

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fcos_ray.sample import write_sample
 from jobs import detect
 from tests.corpus import SMALL_MODEL, files_of, write_manifest
-from tests.processes import flags, run_job
+from tests.processes import call_job, flags, run_job
 
 JOB = pytest.mark.ray  # starts a Ray of its own
 
@@ -73,10 +74,11 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(corpus: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-@JOB
-def test_more_errors_than_allowed_end_with_3_after_a_complete_run(corpus: Path, tmp_path: Path) -> None:
+def test_more_errors_than_allowed_end_with_3_after_a_complete_run(
+    corpus: Path, tmp_path: Path, own_signals: None, ray_session: Any
+) -> None:
     job = [*flags(manifest=corpus / "manifest.parquet", output=tmp_path, **SMALL_MODEL), "--max-error-fraction", "0.1"]
-    first = run_job("detect", *job)
+    first = call_job(detect.main, *job)
     assert first.returncode == 3, first.stderr
     summary = json.loads(first.stdout.splitlines()[-1])
     assert (summary["state"], summary["rows"], summary["error"]) == ("complete", 12, 3)

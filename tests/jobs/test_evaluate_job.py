@@ -19,8 +19,9 @@ from fcos_ray.analysis.evaluate import evaluate
 from fcos_ray.inputs.decode import decode
 from fcos_ray.sample import CATEGORIES, write_sample
 from fcos_ray.types import Detections, Image
+from jobs import evaluate as job
 from tests.corpus import config
-from tests.processes import JOBS, flags, run_job
+from tests.processes import JOBS, call_job, flags, run_job
 
 NUM_IMAGES, NUM_BROKEN = 24, 4
 
@@ -99,8 +100,8 @@ def test_the_job_prints_a_table_and_the_figures_and_draws_the_curves(
 
 
 def test_a_map_below_the_wanted_ends_with_3_and_says_both(labelled: Path, corpus: Path) -> None:
-    job = flags(output=labelled, annotations=corpus / "annotations.json")
-    done = run_job("evaluate", *job, "--min-map", "0.9")
+    arguments = flags(output=labelled, annotations=corpus / "annotations.json", min_map=0.9)
+    done = run_job("evaluate", *arguments)
     assert done.returncode == 3
     figures = json.loads(done.stdout)
     assert done.stderr.splitlines()[-1] == f"error: mAP {figures['mean_ap']:.4f} is below --min-map 0.9000"
@@ -108,7 +109,7 @@ def test_a_map_below_the_wanted_ends_with_3_and_says_both(labelled: Path, corpus
 
 def test_an_undefined_map_is_below_any(labelled: Path, truth: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "empty.json").write_text(json.dumps(truth | {"annotations": []}))
-    done = run_job("evaluate", *flags(output=labelled, annotations=tmp_path / "empty.json", min_map=0))
+    done = call_job(job.main, *flags(output=labelled, annotations=tmp_path / "empty.json", min_map=0))
     assert done.returncode == 3
     assert json.loads(done.stdout)["mean_ap"] is None
     assert "error: mAP – is below --min-map 0.0000" in done.stderr
@@ -117,7 +118,7 @@ def test_an_undefined_map_is_below_any(labelled: Path, truth: dict[str, Any], tm
 def test_a_truth_of_other_categories_ends_with_2(labelled: Path, truth: dict[str, Any], tmp_path: Path) -> None:
     other = [category | {"name": category["name"].title()} for category in truth["categories"]]
     (tmp_path / "other.json").write_text(json.dumps(truth | {"categories": other}))
-    done = run_job("evaluate", *flags(output=labelled, annotations=tmp_path / "other.json"))
+    done = call_job(job.main, *flags(output=labelled, annotations=tmp_path / "other.json"))
     assert done.returncode == 2
     assert "no category name in common: the model says circle, cross" in done.stderr
 
@@ -136,7 +137,7 @@ def test_what_is_wrong_is_said_in_one_line_and_ends_with_2(tmp_path: Path, argum
     (tmp_path / "truth.json").write_text(
         json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]})
     )
-    done = run_job("evaluate", *flags(output=tmp_path, annotations=tmp_path / "truth.json"), *arguments)
+    done = call_job(job.main, *flags(output=tmp_path, annotations=tmp_path / "truth.json"), *arguments)
     assert done.returncode == 2, done.stderr
     assert words in done.stderr.splitlines()[-1]
     assert done.stdout == ""

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from fcos_ray.sample import write_sample
-from tests.processes import flags, run_job
+from jobs import detect, manifest
+from tests.processes import call_job, flags, run_job
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_corpus_is_listed_and_the_last_line_sums_it_up(corpus: Path, tmp_path: Path) -> None:
+def test_a_corpus_is_listed_and_the_last_line_sums_it_up(corpus: Path, tmp_path: Path, own_signals: None) -> None:
     output = tmp_path / "m.parquet"
     done = run_job("manifest", *flags(input=corpus, output=output), "--probe-size", "--exclude", "*.webp")
     assert done.returncode == 0, done.stderr
@@ -32,8 +33,8 @@ def test_a_corpus_is_listed_and_the_last_line_sums_it_up(corpus: Path, tmp_path:
         "skipped": 13 - len(rows), "refused": 0, "unprobed": 1,
     }  # fmt: skip
     assert [row["image_id"] for row in rows if row["width"] is None] == ["images/tiny.jpg"]
-    planned = run_job(
-        "detect", *flags(manifest=output, output=tmp_path / "out", weights="sample", allow_root=corpus), "--dry-run",
+    planned = call_job(
+        detect.main, *flags(manifest=output, output=tmp_path / "out", weights="sample", allow_root=corpus), "--dry-run",
         "--partition-by", "date:content_last_modified",
     )  # fmt: skip
     assert planned.returncode == 0, planned.stderr
@@ -42,11 +43,11 @@ def test_a_corpus_is_listed_and_the_last_line_sums_it_up(corpus: Path, tmp_path:
 
 def test_tonight_replaces_last_night_only_when_told(corpus: Path, tmp_path: Path) -> None:
     arguments = flags(input=corpus, output=tmp_path / "m.parquet")
-    assert run_job("manifest", *arguments).returncode == 0
+    assert call_job(manifest.main, *arguments).returncode == 0
     second = run_job("manifest", *arguments)
     assert (second.returncode, second.stdout) == (2, "")
     assert "--overwrite replaces it" in second.stderr.splitlines()[-1]
-    assert run_job("manifest", *arguments, "--overwrite").returncode == 0
+    assert call_job(manifest.main, *arguments, "--overwrite").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_tonight_replaces_last_night_only_when_told(corpus: Path, tmp_path: Path
 def test_what_is_wrong_is_said_in_one_line_and_ends_with_2(
     corpus: Path, tmp_path: Path, change: dict[str, str], words: str
 ) -> None:
-    done = run_job("manifest", *flags(**{"input": corpus, "output": tmp_path / "m.parquet"} | change))
+    done = call_job(manifest.main, *flags(**{"input": corpus, "output": tmp_path / "m.parquet"} | change))
     assert (done.returncode, done.stdout) == (2, "")
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ")

@@ -10,12 +10,18 @@ from typing import Any
 
 import pytest
 
+from jobs import runs
 from tests.nights import Crash, run_night, write_night
+from tests.processes import call_job
 
 SCRIPT = Path(__file__).resolve().parents[2] / "jobs" / "runs.py"
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return call_job(runs.main, *arguments)
+
+
+def process(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(SCRIPT), *arguments], text=True, capture_output=True, timeout=120)
 
 
@@ -40,14 +46,14 @@ def two_nights(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]
 
 def test_the_life_of_a_run(two_nights: tuple[str, str, str], tmp_path: Path) -> None:
     output, first, second = two_nights
-    listed = command("list", "--output", output)
+    listed = process("list", "--output", output)
     assert [(line["run_id"], line["state"]) for line in answer(listed)] == [(first, "finished"), (second, "open")]
     assert first in listed.stderr
     status = command("status", "--output", output)
     assert answer(status)["committed_shards"] == 1
     assert f"run {second} is open: 1 of 2 shards, 3 of 6 rows" in status.stderr
     (tmp_path / "ids.txt").write_text("i5\n")
-    asked = command("forget", "--output", output, "--ids", str(tmp_path / "ids.txt"), "--apply")
+    asked = process("forget", "--output", output, "--ids", str(tmp_path / "ids.txt"), "--apply")
     assert asked.returncode == 2
     assert f"run {second} is open" in asked.stderr
     assert answer(command("abandon", second, "--output", output, "--reason", "wrong day"))["committed_shards"] == 1
@@ -89,6 +95,6 @@ def test_nonsense_ends_with_a_line_that_says_so(
 
 
 def test_help_names_every_verb() -> None:
-    done = command("--help")
+    done = process("--help")
     assert done.returncode == 0
     assert all(f"{verb} " in done.stdout for verb in ("list", "status", "retract", "abandon", "forget", "purge"))

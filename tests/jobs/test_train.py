@@ -10,7 +10,8 @@ import pytest
 
 from fcos_ray import storage
 from fcos_ray.sample import write_sample
-from tests.processes import flags, kill_tree, run_job, start_job, wait_until
+from jobs import train
+from tests.processes import call_job, flags, kill_tree, run_job, start_job, wait_until
 
 SMALL = flags(architecture="fcos_mobilenet_v3_small_fpn", min_size=64, max_size=96, warmup_steps=1, batch_size=4)
 
@@ -30,11 +31,11 @@ def annotations(tmp_path_factory: pytest.TempPathFactory) -> str:
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_and_ends_with_2(
-    annotations: str, tmp_path: Path, arguments: list[str], words: str
+    annotations: str, tmp_path: Path, own_signals: None, arguments: list[str], words: str
 ) -> None:
     good = {"annotations": annotations, "output": tmp_path / "out"}
     given = {name: value for name, value in good.items() if f"--{name}" not in arguments}
-    done = run_job("train", *flags(**given), *SMALL, *arguments)
+    done = call_job(train.main, *flags(**given), *SMALL, *arguments)
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert words in done.stderr.splitlines()[-1]
