@@ -103,6 +103,7 @@ def go_on_although_a_worker_stops(corpus: Path, output: Path, *, stage: str, com
         _, err = driver.communicate(timeout=400)
     finally:
         kill_tree(driver.pid)
+    print(err)
     assert driver.returncode == 0, err
     assert "going on with its pinned plan" in err
     assert "--stall-seconds 12: nothing moved; at work are" in err, err
