@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import s3fs
@@ -15,11 +18,10 @@ import fcos_ray as fr
 from fcos_ray import storage
 from fcos_ray.errors import FcosRayError, OutputError, StorageError
 from fcos_ray.sample import write_sample
-from jobs import detect
 from tests.conftest import s3_environment
 from tests.corpus import config
 from tests.disks import mounted
-from tests.processes import call_job, flags
+from tests.processes import flags, run_job
 from tests.rgw import RgwServer
 
 
@@ -150,6 +152,22 @@ def answering(status: str, body: bytes) -> Iterator[str]:
         loop.close()
 
 
+@pytest.fixture(scope="module")
+def given_up(corpus: Path, s3_server: RgwServer) -> dict[str, CompletedProcess[str]]:
+    """Jobs that ask again for half a minute, as many times as a user's: both at once."""
+    job = flags(manifest=corpus / "manifest.parquet", output="s3://labels/corpus", weights="sample")
+    with answering("400 Bad Request", EXPIRED) as endpoint, ThreadPoolExecutor() as pool:
+        variables = {
+            "expired credentials": {"AWS_ENDPOINT_URL": endpoint, "AWS_SESSION_TOKEN": SECRET},
+            "an endpoint where nobody is": {"AWS_ENDPOINT_URL": f"http://user:{SECRET}@127.0.0.1:1"},
+        }
+        running = {
+            name: pool.submit(run_job, "detect", *job, environment=os.environ | changed)
+            for name, changed in variables.items()
+        }
+        return {name: job.result() for name, job in running.items()}
+
+
 @pytest.mark.parametrize(
     ("case", "words"),
     [
@@ -158,32 +176,16 @@ def answering(status: str, body: bytes) -> Iterator[str]:
     ],
 )
 def test_what_may_pass_is_waited_for_and_said(
-    corpus: Path,
-    environment: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    own_signals: None,
-    case: str,
-    words: str,
+    given_up: dict[str, CompletedProcess[str]], case: str, words: str
 ) -> None:
-    """Asked as many times as a user's job asks, without the half minute of waits between."""
-    waits: list[int] = []
-    monkeypatch.setattr("fcos_ray.storage.retries.backoff_seconds", lambda attempt: waits.append(attempt) or 0.0)
-    with answering("400 Bad Request", EXPIRED) as endpoint:
-        if case == "expired credentials":
-            environment(AWS_ENDPOINT_URL=endpoint, AWS_SESSION_TOKEN=SECRET)
-        else:
-            environment(AWS_ENDPOINT_URL=f"http://user:{SECRET}@127.0.0.1:1")
-        job = flags(manifest=corpus / "manifest.parquet", output="s3://labels/corpus", weights="sample")
-        done = call_job(detect.main, *job)
+    done = given_up[case]
     assert done.returncode == 4, "credentials may be renewed, a store may come back: the same command goes on"
     last = done.stderr.splitlines()[-1]
     assert last.startswith("stopped: ")
     assert f"failed {storage.MAX_ATTEMPTS} times" in last
-    assert waits == list(range(storage.MAX_ATTEMPTS - 1)), "it waits longer each time"
     assert "s3://labels/corpus" in last
     assert words in last
-    assert SECRET not in done.stdout + done.stderr + caplog.text
+    assert SECRET not in done.stdout + done.stderr
 
 
 def test_nothing_is_left_of_a_start_that_failed(corpus: Path, tmp_path: Path) -> None:
