@@ -84,7 +84,10 @@ def result_rows(shards: Sequence[int], stages: Stages) -> Generator[pa.Table, No
 def build(shards: Sequence[int], stages: Stages, *, roll: Roll | None = None) -> ray.data.Dataset:
     """The dataset of result rows: read, load and detect as stages of their own. `roll`: where workers sign on."""
     layout = stages.layout
-    per_task = -(-len(shards) // _READ_TASKS)
+    # Shards smaller than what a load task takes are read together: a task of Ray Data costs what loading many thumbnails does.
+    rows_of = [rows for file in stages.files for rows in file.shard_rows]
+    mean_rows = sum(rows_of[shard] for shard in shards) / max(1, len(shards))
+    per_task = max(-(-len(shards) // _READ_TASKS), int(layout.load_rows / max(1.0, mean_rows)), 1)
     numbers = [
         pa.table({"shard": pa.array(shards[i : i + per_task], pa.int32())}) for i in range(0, len(shards), per_task)
     ]

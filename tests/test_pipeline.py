@@ -7,11 +7,16 @@ import os
 import re
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from fcos_ray.benchmark.photographs import draw_jpeg
 from fcos_ray.inputs.fetch import FetchPolicy
 from fcos_ray.inputs.manifests import find_sources
 from fcos_ray.inputs.pin import pin
@@ -22,6 +27,7 @@ from fcos_ray.outputs.schema import RESULT_SCHEMA
 from fcos_ray.pipeline import Stages, build
 from fcos_ray.sample import write_sample
 from tests.corpus import PixelDetector
+from tests.processes import descendants
 from tests.ray_cluster import RayCluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -76,16 +82,22 @@ for cpus, *jobs in json.loads(sys.argv[1]):
 """
 
 
-def null_jobs(*rays: tuple[Any, ...]) -> list[dict[str, Any]]:
+def start_null_jobs(*rays: tuple[Any, ...], **variables: str) -> subprocess.Popen[str]:
     """Jobs without a model in a process of their own: for each Ray its logical CPUs, then its jobs' settings."""
     command = [sys.executable, "-c", NULL_JOBS, json.dumps(rays)]
     # Else Ray starts as many workers at once as there are CPUs, and machines with two of them take a minute for 64.
-    environment = os.environ | {"RAY_prestart_worker_first_driver": "0"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1]
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"cpus"')]
+    environment = os.environ | {"RAY_prestart_worker_first_driver": "0"} | variables
+    where = Path(__file__).parents[1]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, cwd=where)
+
+
+def null_jobs(*rays: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """Their ends."""
+    process = start_null_jobs(*rays)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err[-4000:]
+    return [json.loads(line) for line in out.splitlines() if line.startswith('{"cpus"')]
 
 
 def test_no_number_of_cpus_hangs(corpus: Path, tmp_path: Path) -> None:
@@ -94,11 +106,37 @@ def test_no_number_of_cpus_hangs(corpus: Path, tmp_path: Path) -> None:
     assert [(end["cpus"], end["rows"], end["ok"]) for end in ends] == [(cpus, 24, 22) for cpus in (1, 2, 64)]
 
 
+def test_where_loading_is_the_limit_every_load_task_has_room(tmp_path: Path) -> None:
+    """Ray Data's own notion of what an execution may take, which it forms after ten seconds (here: one), leaves one of two."""
+    (tmp_path / "large.jpg").write_bytes(draw_jpeg(4000, 3000, seed=1))
+    manifest = tmp_path / "manifest.parquet"
+    ids = [str(number) for number in range(200)]
+    pq.write_table(pa.table({"image_id": ids, "uri": ["large.jpg"] * len(ids)}), manifest)
+    job = {"manifest": [str(manifest)], "output": str(tmp_path / "out")}
+    process = start_null_jobs((2, job), RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS="1")
+    at_work: list[int] = []  # load tasks, whenever there are any
+    while process.poll() is None:
+        if count := sum(name.startswith("ray::MapBatches(_load)") for name in names_below(process.pid)):
+            at_work.append(count)
+        time.sleep(0.2)
+    assert process.returncode == 0, process.communicate()[1][-4000:]
+    later = at_work[len(at_work) // 2 :]
+    assert len(later) > 5, at_work
+    assert later.count(2) > len(later) / 2, at_work
+
+
+def names_below(pid: int) -> list[str]:
+    """What processes below this one call themselves."""
+    names = []
+    for child in descendants(pid):
+        with suppress(OSError):
+            names.append(Path(f"/proc/{child}/cmdline").read_text())
+    return names
+
+
 def test_the_drivers_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     import numpy as np
     import PIL.Image
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
     PIL.Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "dot.png")
     jobs = []

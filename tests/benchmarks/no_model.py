@@ -1,7 +1,8 @@
 """What all but the model can do, and what the driver's memory does: jobs without a model over 64×64 JPEGs on a local disk.
 
-`python -m tests.benchmarks.no_model --rows 50000 500000`: a line of JSON for each, a process of its own. The rows are of
-1,000 files, over and over. `images_per_second` is from the first committed shard to the job's end, audit and index included.
+`python -m tests.benchmarks.no_model --rows 50000 500000`: a line of JSON for each. The rows are of 1,000 files, over and over.
+`images_per_second` is from the first committed shard to the job's end, audit and index included. The driver that labels is
+not the one that planned, whose memory grows with the rows (tests/benchmarks/plan_speed.py says how).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,14 +27,19 @@ from fcos_ray.benchmark.photographs import write_photographs
 FILES = 1_000
 
 
-def label(folder: Path, num_rows: int) -> dict[str, float | int | None]:
-    """One job in this process."""
-    names = [f"images/{number % FILES:07d}.jpg" for number in range(num_rows)]
+def job(folder: Path, num_rows: int) -> fr.JobConfig:
+    """The job over a manifest of so many rows, which is written where it is missing."""
     manifest = folder / f"{num_rows}.parquet"
-    pq.write_table(pa.table({"image_id": pa.array(range(num_rows)).cast(pa.string()), "uri": names}), manifest)
-    config = fr.JobConfig(
+    if not manifest.exists():
+        names = [f"images/{number % FILES:07d}.jpg" for number in range(num_rows)]
+        pq.write_table(pa.table({"image_id": pa.array(range(num_rows)).cast(pa.string()), "uri": names}), manifest)
+    return fr.JobConfig(
         manifest=[str(manifest)], output=str(folder / f"labels-{num_rows}"), weights="sample", max_micro_batch=16
     )
+
+
+def label(config: fr.JobConfig, num_rows: int) -> dict[str, float]:
+    """The job in this process."""
     null = functools.partial(NullDetector, min_size=800, max_size=1333, max_micro_batch=16)
     summary = fr.run(config, make_detector=null)
     if summary.ok != num_rows:
@@ -48,20 +55,30 @@ def label(folder: Path, num_rows: int) -> dict[str, float | int | None]:
     }
 
 
+def measure(folder: Path, num_rows: int) -> str:
+    """A driver that plans, and is killed as soon as the plan is pinned; then one that labels, and what it says."""
+    command = [sys.executable, "-m", "tests.benchmarks.no_model", "--folder", str(folder), "--rows", str(num_rows)]
+    output = Path(job(folder, num_rows).output)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as planner:
+        while planner.poll() is None and not list(output.glob("runs/*/run.json")):
+            time.sleep(0.05)
+        planner.kill()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.splitlines()[-1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[50_000, 500_000])
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of the job that this process is for
     options = parser.parse_args()
     if options.folder:
-        print(json.dumps(label(options.folder, options.rows[0])))
+        print(json.dumps(label(job(options.folder, options.rows[0]), options.rows[0])))
         return
     with tempfile.TemporaryDirectory(prefix="fcos_ray-no-model-") as folder:
         write_photographs(folder, [(64, 64)], num_images=FILES)
         for num_rows in options.rows:
-            command = [sys.executable, "-m", "tests.benchmarks.no_model", "--folder", folder, "--rows", str(num_rows)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            print(done.stdout.splitlines()[-1], flush=True)
+            print(measure(Path(folder), num_rows), flush=True)
 
 
 if __name__ == "__main__":
