@@ -84,7 +84,8 @@ def result_rows(shards: Sequence[int], stages: Stages) -> Generator[pa.Table, No
 def build(shards: Sequence[int], stages: Stages, *, roll: Roll | None = None) -> ray.data.Dataset:
     """The dataset of result rows: read, load and detect as stages of their own. `roll`: where workers sign on."""
     layout = stages.layout
-    # Shards smaller than what a load task takes are read together: a task of Ray Data costs what loading many thumbnails does.
+    # Shards smaller than what a load task takes are read together: what is cut out of them never spans two read tasks, and a
+    # task of Ray Data costs what loading many thumbnails does.
     rows_of = [rows for file in stages.files for rows in file.shard_rows]
     mean_rows = sum(rows_of[shard] for shard in shards) / max(1, len(shards))
     per_task = max(-(-len(shards) // _READ_TASKS), int(layout.load_rows / max(1.0, mean_rows)), 1)

@@ -85,13 +85,13 @@ def test_who_is_told_to_wait_waits_until_nobody_is_at_work(tmp_path: Path, monke
 def test_a_driver_ends_when_its_run_is_abandoned_and_what_it_had_committed_is_in_the_index(
     tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_sample(tmp_path / "corpus", num_images=12, seed=3, num_broken=0)
+    write_sample(tmp_path / "corpus", num_images=40, seed=3, num_broken=0)
     manifest, output = tmp_path / "corpus" / "manifest.parquet", str(tmp_path / "out")
     monkeypatch.setattr(execution, "_LOOK_SECONDS", 0.5)
 
     class SlowDetector(PixelDetector):
         def detect(self, images: Sequence[Image]) -> Any:
-            time.sleep(2.0 * len(images))
+            time.sleep(0.3 * len(images))
             return super().detect(images)
 
     def close() -> None:
@@ -104,12 +104,13 @@ def test_a_driver_ends_when_its_run_is_abandoned_and_what_it_had_committed_is_in
     with pytest.raises(
         RunStopped, match=r"run 000001-\w+ was abandoned meanwhile; the same command labels what it lacks"
     ):
-        fr.run(config(manifest, output, shard_rows=2), make_detector=SlowDetector)
+        # one detector, ten blocks: several would be done with everything before the first look
+        fr.run(config(manifest, output, shard_rows=2, num_detectors=1), make_detector=SlowDetector)
     closing.join()
     before = len(rows_of(Path(output)))
-    assert 0 < before < 12
+    assert 0 < before < 40
     again = run_night(manifest, output, shard_rows=2, weights="random:1")
-    assert (again.rows, again.selection["up_to_date"]) == (12 - before, before)
+    assert (again.rows, again.selection["up_to_date"]) == (40 - before, before)
 
 
 def test_an_abandoned_run_that_grew_is_indexed_again(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """What all but the model can do, and what the driver's memory does: jobs without a model over 64×64 JPEGs on a local disk.
 
 `python -m tests.benchmarks.no_model --rows 50000 500000`: a line of JSON for each. The rows are of 1,000 files, over and over.
-`images_per_second` is from the first committed shard to the job's end, audit and index included. The driver that labels is
-not the one that planned, whose memory grows with the rows (tests/benchmarks/plan_speed.py says how).
+`images_per_second` is from the first committed shard to the job's end, audit and index included. `driver_mb` is the resident
+memory at most until the last shard is committed, `driver_peak_mb` to the end, index included. The driver that labels is not
+the one that planned, whose memory grows with the rows (tests/benchmarks/plan_speed.py says how).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -38,9 +40,21 @@ def job(folder: Path, num_rows: int) -> fr.JobConfig:
     )
 
 
+def watch(output: Path, sizes: list[int]) -> None:
+    """Add this process's resident MB until every shard is committed."""
+    num_shards = None
+    while num_shards is None or len(list(output.glob("detections/*/*.parquet"))) < num_shards:
+        if num_shards is None and (record := next(output.glob("runs/*/run.json"), None)):
+            num_shards = json.loads(record.read_text())["num_shards"]
+        sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 10**6)
+        time.sleep(0.5)
+
+
 def label(config: fr.JobConfig, num_rows: int) -> dict[str, float]:
     """The job in this process."""
     null = functools.partial(NullDetector, min_size=800, max_size=1333, max_micro_batch=16)
+    sizes: list[int] = []
+    threading.Thread(target=watch, args=(Path(config.output), sizes), daemon=True).start()
     summary = fr.run(config, make_detector=null)
     if summary.ok != num_rows:
         raise RuntimeError(f"{num_rows} rows wanted, {summary.ok} labelled: {summary.errors_by_code}")
@@ -51,6 +65,7 @@ def label(config: fr.JobConfig, num_rows: int) -> dict[str, float]:
         "shards": summary.shards,
         "images_per_second": round(steady),
         "images_per_second_with_start": round(num_rows / summary.wall_seconds),
+        "driver_mb": max(sizes),
         "driver_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000),
     }
 
