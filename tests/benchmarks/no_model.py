@@ -1,9 +1,11 @@
 """What all but the model can do, and what the driver's memory does: jobs without a model over 64×64 JPEGs on a local disk.
 
 `python -m tests.benchmarks.no_model --rows 50000 500000`: a line of JSON for each. The rows are of 1,000 files, over and over.
-`images_per_second` is from the first committed shard to the job's end, audit and index included. `driver_mb` is the resident
-memory at most until the last shard is committed, `driver_peak_mb` to the end, index included. The driver that labels is not
-the one that planned, whose memory grows with the rows (tests/benchmarks/plan_speed.py says how).
+`images_per_second` is from the first committed shard to the job's end, audit and index included. `driver_mb` is the driver's
+own memory at most until the last shard is committed, without the pages of Ray's object store that it has read results in
+(`store_mb`: they are the store's, and no more than it has). `driver_peak_mb` is all that was resident at most to the end,
+index included. The driver that labels is not the one that planned, whose memory grows with the rows
+(tests/benchmarks/plan_speed.py says how).
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from fcos_ray.benchmark.null import NullDetector
 from fcos_ray.benchmark.photographs import write_photographs
 
 FILES = 1_000
+SHARD_ROWS = (
+    1_000  # what 500,000 rows are cut into by themselves: the driver holds a few shards, so theirs must be alike
+)
 
 
 def job(folder: Path, num_rows: int) -> fr.JobConfig:
@@ -36,24 +41,30 @@ def job(folder: Path, num_rows: int) -> fr.JobConfig:
         names = [f"images/{number % FILES:07d}.jpg" for number in range(num_rows)]
         pq.write_table(pa.table({"image_id": pa.array(range(num_rows)).cast(pa.string()), "uri": names}), manifest)
     return fr.JobConfig(
-        manifest=[str(manifest)], output=str(folder / f"labels-{num_rows}"), weights="sample", max_micro_batch=16
+        manifest=[str(manifest)],
+        output=str(folder / f"labels-{num_rows}"),
+        weights="sample",
+        max_micro_batch=16,
+        shard_rows=SHARD_ROWS,
     )
 
 
-def watch(output: Path, sizes: list[int]) -> None:
-    """Add this process's resident MB until every shard is committed."""
+def watch(output: Path, sizes: list[tuple[int, int]]) -> None:
+    """Add this process's resident MB, its own and shared with the object store, until every shard is committed."""
     num_shards = None
     while num_shards is None or len(list(output.glob("detections/*/*.parquet"))) < num_shards:
         if num_shards is None and (record := next(output.glob("runs/*/run.json"), None)):
             num_shards = json.loads(record.read_text())["num_shards"]
-        sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 10**6)
+        lines = Path("/proc/self/status").read_text().splitlines()
+        kb = {line.split()[0]: int(line.split()[1]) for line in lines if line.startswith("Rss")}
+        sizes.append(((kb["RssAnon:"] + kb["RssFile:"]) // 1000, kb["RssShmem:"] // 1000))
         time.sleep(0.5)
 
 
 def label(config: fr.JobConfig, num_rows: int) -> dict[str, float]:
     """The job in this process."""
     null = functools.partial(NullDetector, min_size=800, max_size=1333, max_micro_batch=16)
-    sizes: list[int] = []
+    sizes: list[tuple[int, int]] = []
     threading.Thread(target=watch, args=(Path(config.output), sizes), daemon=True).start()
     summary = fr.run(config, make_detector=null)
     if summary.ok != num_rows:
@@ -65,7 +76,8 @@ def label(config: fr.JobConfig, num_rows: int) -> dict[str, float]:
         "shards": summary.shards,
         "images_per_second": round(steady),
         "images_per_second_with_start": round(num_rows / summary.wall_seconds),
-        "driver_mb": max(sizes),
+        "driver_mb": max(own for own, _ in sizes),
+        "store_mb": max(shared for _, shared in sizes),
         "driver_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000),
     }
 

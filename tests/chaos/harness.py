@@ -43,7 +43,6 @@ END_SECONDS = 420.0  # for one driver to end by itself
 NODES: tuple[dict[str, int], ...] = (
     {"num_cpus": 1}, {"num_cpus": 1}, {"num_cpus": 1, "num_gpus": 1}, {"num_cpus": 1, "num_gpus": 1},
 )  # fmt: skip
-ON_NODES = flags(device="cpu", gpus_per_detector=1)
 
 
 @dataclass(slots=True)
@@ -107,8 +106,7 @@ class Round:
         self._must_go_on = False
         self._arguments = [
             *flags(manifest=corpus / "manifest.parquet", output=self.output, weights="sample", shard_rows=SHARD_ROWS),
-            *flags(stall_seconds=STALL_SECONDS, round_wait_seconds=0.5),
-            *ON_NODES,
+            *flags(device="cpu", gpus_per_detector=1, stall_seconds=STALL_SECONDS, round_wait_seconds=0.5),
         ]
 
     def start(self, *, local: bool = False) -> subprocess.Popen[str]:
@@ -277,17 +275,17 @@ def run_rounds(
     """What happened, told as it happens; each round's last event has its verdict. `plan`: the hits, else drawn."""
     dice = random.Random(seed)
     events: list[Event] = []
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder, RayCluster(*NODES) as ray:
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         corpus, quiet = Path(folder) / "corpus", Path(folder) / "undisturbed"
         write_sample(corpus, num_images=num_images, seed=seed, num_broken=10)
         job = flags(manifest=corpus / "manifest.parquet", output=quiet, weights="sample", shard_rows=SHARD_ROWS)
-        # On the nodes, as the rounds: a Ray of its own would be 6 s more to start and to end.
-        done = run_job("detect", *job, *ON_NODES, environment=ray.environment)
+        done = run_job("detect", *job)  # on a Ray of its own, so that what the nodes share cannot be wrong in both
         assert done.returncode == 0, done.stderr
-        nodes = Nodes(ray, results_of(quiet))
-        assert sorted(nodes.undisturbed) == sorted(manifest_ids(corpus / "manifest.parquet"))
-        for number, kinds in enumerate(plan or plan_rounds(rounds, dice), start=1):
-            events += Round(number, kinds, dice, nodes, corpus).run()
+        with RayCluster(*NODES) as ray:
+            nodes = Nodes(ray, results_of(quiet))
+            assert sorted(nodes.undisturbed) == sorted(manifest_ids(corpus / "manifest.parquet"))
+            for number, kinds in enumerate(plan or plan_rounds(rounds, dice), start=1):
+                events += Round(number, kinds, dice, nodes, corpus).run()
     return events
 
 
