@@ -29,12 +29,9 @@ from fcos_ray.benchmark.null import NullDetector
 from fcos_ray.benchmark.photographs import write_photographs
 
 FILES = 1_000
-SHARD_ROWS = (
-    1_000  # what 500,000 rows are cut into by themselves: the driver holds a few shards, so theirs must be alike
-)
 
 
-def job(folder: Path, num_rows: int) -> fr.JobConfig:
+def job(folder: Path, num_rows: int, shard_rows: int) -> fr.JobConfig:
     """The job over a manifest of so many rows, which is written where it is missing."""
     manifest = folder / f"{num_rows}.parquet"
     if not manifest.exists():
@@ -45,7 +42,7 @@ def job(folder: Path, num_rows: int) -> fr.JobConfig:
         output=str(folder / f"labels-{num_rows}"),
         weights="sample",
         max_micro_batch=16,
-        shard_rows=SHARD_ROWS,
+        shard_rows=shard_rows,
     )
 
 
@@ -82,10 +79,11 @@ def label(config: fr.JobConfig, num_rows: int) -> dict[str, float]:
     }
 
 
-def measure(folder: Path, num_rows: int) -> str:
+def measure(folder: Path, num_rows: int, shard_rows: int) -> str:
     """A driver that plans, and is killed as soon as the plan is pinned; then one that labels, and what it says."""
     command = [sys.executable, "-m", "tests.benchmarks.no_model", "--folder", str(folder), "--rows", str(num_rows)]
-    output = Path(job(folder, num_rows).output)
+    command += ["--shard-rows", str(shard_rows)]
+    output = Path(job(folder, num_rows, shard_rows).output)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as planner:
         while planner.poll() is None and not list(output.glob("runs/*/run.json")):
             time.sleep(0.05)
@@ -97,15 +95,17 @@ def measure(folder: Path, num_rows: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[50_000, 500_000])
+    # What 500,000 rows are cut into by themselves: the driver holds a few shards, so theirs must be alike.
+    parser.add_argument("--shard-rows", type=int, default=1_000, help="rows of a shard (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of the job that this process is for
     options = parser.parse_args()
     if options.folder:
-        print(json.dumps(label(job(options.folder, options.rows[0]), options.rows[0])))
+        print(json.dumps(label(job(options.folder, options.rows[0], options.shard_rows), options.rows[0])))
         return
     with tempfile.TemporaryDirectory(prefix="fcos_ray-no-model-") as folder:
         write_photographs(folder, [(64, 64)], num_images=FILES)
         for num_rows in options.rows:
-            print(measure(Path(folder), num_rows), flush=True)
+            print(measure(Path(folder), num_rows, options.shard_rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_a_first_plan_and_a_finished_run_are_measured(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_a_job_without_a_model_is_measured() -> None:
-    command = [sys.executable, "-m", "tests.benchmarks.no_model", "--rows", "200"]
+    command = [sys.executable, "-m", "tests.benchmarks.no_model", "--rows", "200", "--shard-rows", "50"]
     done = subprocess.run(command, text=True, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
