@@ -1,218 +1,109 @@
-"""Convolutions on a CPU: the same function in less time. Knows torch's modules, not what they are part of.
-
-3×3 convolutions by Winograd's algorithm, after Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks"
-(arXiv:1509.09308): a tile of the output is A^T [(G w G^T) · (B^T x B)] A, summed over channels inside of the brackets.
-"""
+"""Convolutions on a CPU: the same function in less time. Knows the modules of torch and torchvision they are part of."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Any, Final
+from itertools import pairwise
+from typing import Any, Final, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.resnet import Bottleneck
 
-Rows = tuple[tuple[float, ...], ...]
+from fcos_ray.model.winograd import F2Conv2d, F4Conv2d, WinogradConv2d
 
-
-@dataclass(frozen=True, slots=True)
-class Algorithm:
-    """F(m×m, 3×3): m×m pixels of the output from (m+2)×(m+2) of the input, in as many multiplications."""
-
-    a_t: Rows  # (m, m+2)
-    g: Rows  # (m+2, 3)
-    b_t: Rows  # (m+2, m+2)
-    least_channels: int  # below, the transforms cost what the products save
-    most_channels: int  # beyond, reading the weights does
-    strips: int  # whose products are computed at once
-
-    @property
-    def output(self) -> int:
-        """Side of a tile of the output."""
-        return len(self.a_t)
-
-    @property
-    def tile(self) -> int:
-        """Side of a tile of the input: two pixels of each are the next one's too."""
-        return len(self.b_t)
-
-
-# The points are 0, 1, -1, 1/2, -2 and infinity instead of the paper's 0, ±1, ±2: results are then off by 1e-5 at most instead
-# of 3e-5, where oneDNN's direct convolution is by 7e-6 (256 channels of standard normal values, fp32).
-F4: Final = Algorithm(
-    a_t=((1, 1, 1, 1, 1, 0), (0, 1, -1, 1 / 2, -2, 0), (0, 1, 1, 1 / 4, 4, 0), (0, 1, -1, 1 / 8, -8, 1)),
-    g=(
-        (1, 0, 0),
-        (1 / 3, 1 / 3, 1 / 3),
-        (-1 / 3, 1 / 3, -1 / 3),
-        (-16 / 15, -8 / 15, -4 / 15),
-        (1 / 15, -2 / 15, 4 / 15),
-        (0, 0, 1),
-    ),
-    b_t=(
-        (1, -3 / 2, -2, 3 / 2, 1, 0),
-        (0, -1, 1 / 2, 5 / 2, 1, 0),
-        (0, 1, -5 / 2, 1 / 2, 1, 0),
-        (0, -2, -1, 2, 1, 0),
-        (0, 1 / 2, -1, -1 / 2, 1, 0),
-        (0, 1, -3 / 2, -2, 3 / 2, 1),
-    ),
-    least_channels=128,
-    most_channels=256,
-    strips=3,
-)
-# Its transforms only add and subtract. In bf16 a convolution is off by 0.5 % of its values' spread, a direct one by 0.24 %,
-# F4 by 1.7 % (root mean square, 256 channels), and takes 47 ms, 69 ms and 31 ms (100×136 pixels, one Zen 4 core).
-F2: Final = Algorithm(
-    a_t=((1, 1, 1, 0), (0, 1, -1, -1)),
-    g=((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1)),
-    b_t=((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)),
-    least_channels=256,
-    most_channels=512,
-    strips=1,
-)
-BY_PRECISION: Final = {torch.float32: F4, torch.bfloat16: F2}
-# Tiles transformed at a time, about: they stay in a core's cache. In bf16 all at once takes 87 ms instead of 47.
-_STRIP_TILES: Final = 136
-_WIDTH: Final = 16  # output channels that one of AVX-512's registers holds in fp32
+_WINOGRAD: Final[dict[torch.dtype, type[WinogradConv2d]]] = {torch.float32: F4Conv2d, torch.bfloat16: F2Conv2d}
 
 
 def quicken(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Replace convolutions of a float32 model by faster ones, in place, for a CPU; the replaced take no gradient.
 
-    `dtype`: what the model is going to compute in; of those that BY_PRECISION has no algorithm for nothing is replaced.
+    `dtype`: what the model is going to compute in; for others than float32 and bfloat16 nothing is replaced. BatchNorm
+    must have been folded into convolutions before.
     One thread, 800×1088 through fcos_resnet50_fpn, Zen 4: fp32 4.1 -> 2.8 s, bf16 1.77 -> 1.49 s. In fp32 3×3 weights take
     four times the memory, 121 MB more; in bf16 less than twice.
     """
-    algorithm = BY_PRECISION.get(dtype)
-    if algorithm is None or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if dtype not in _WINOGRAD or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return model
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Conv2d and child.padding_mode == "zeros":
-                suits = WinogradConv2d.suits(child, algorithm)
-                setattr(parent, name, WinogradConv2d(child, algorithm) if suits else _OneDnnConv2d(child))
+    relus = _relus(model)
+    for name, child in list(model.named_children()):
+        if type(child) is Bottleneck:
+            setattr(model, name, _Bottleneck(child, dtype))
+        elif _is_plain(child):
+            setattr(model, name, _quick(child, dtype, relu=name in relus))
+        else:
+            quicken(child, dtype)
+    for relu in relus.values():
+        setattr(model, relu, nn.Identity())
     return model
 
 
-class _OneDnnConv2d(nn.Module):
-    """What conv2d calls too, except for 1×1 kernels in a process of one thread: its own loop for them takes 1.3 times."""
+def _relus(parent: nn.Module) -> dict[str, str]:
+    """Names of convolutions -> of the ReLU that follows, where children run in the order they are registered in."""
+    if not isinstance(parent, (nn.Sequential, IntermediateLayerGetter)):
+        return {}
+    named = [(name, child) for name, child in parent.named_children() if type(child) is not nn.Identity]
+    return {
+        name: following_name
+        for (name, child), (following_name, following) in pairwise(named)
+        if _is_plain(child) and type(following) is nn.ReLU
+    }
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return type(module) is nn.Conv2d and module.padding_mode == "zeros"
+
+
+def _quick(conv: nn.Conv2d, dtype: torch.dtype, *, relu: bool = False) -> nn.Module:
+    winograd = _WINOGRAD[dtype]
+    return winograd(conv, relu=relu) if winograd.suits(conv) else _OneDnnConv2d(conv, relu=relu)
+
+
+class _OneDnnConv2d(nn.Module):
+    """oneDNN's convolution, which conv2d calls too, and what follows it while its values are at hand.
+
+    Not so conv2d with 1×1 kernels in a process of one thread: its own loop for them takes 1.3 times.
+    """
+
+    def __init__(self, conv: nn.Conv2d, *, relu: bool = False) -> None:
         super().__init__()
         self.conv = conv
+        self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
         c: Any = self.conv
-        return torch.mkldnn_convolution(x, c.weight, c.bias, c.padding, c.stride, c.dilation, c.groups)
+        settings = (c.weight, c.bias, c.padding, c.stride, c.dilation, c.groups)
+        if not self.relu:
+            return torch.mkldnn_convolution(x, *settings)
+        result: Tensor = torch.ops.mkldnn._convolution_pointwise(x, *settings, "relu", [], "")
+        return result
+
+    def add_to(self, others: Tensor, x: Tensor) -> Tensor:
+        """`others`, in place: plus the convolution, then ReLU."""
+        c: Any = self.conv
+        settings = (c.weight, c.bias, c.padding, c.stride, c.dilation, c.groups)
+        binary = torch.ops.mkldnn._convolution_pointwise_.binary
+        result: Tensor = binary(others, x, *settings, "add", 1.0, "relu", [], "")
+        return result
 
 
-class WinogradConv2d(nn.Module):
-    """A 3×3 convolution of stride 1 as (m+2)² matrix products per m×m pixels: F4 needs a quarter of the multiplications.
+class _Bottleneck(nn.Module):
+    """torchvision's Bottleneck: sum and ReLUs while a convolution's values are at hand, not by reading them again.
 
-    Images of a batch are computed one by one, so none depends on its neighbours.
+    An image in bf16 takes 0.78 s of a core instead of 0.82 (Zen 5, alternating). These are functions that torch.compile
+    calls.
     """
 
-    weight: Tensor  # transformed, (points, channels in, channels out); F4's: (points · channels out, channels in, 1, 1)
-    bias: Tensor  # (channels out,)
-    into: Tensor  # (points, points): B^T x B of a flattened tile, which has so many points
-    out_of: Tensor  # (m², points): A^T y A of one
-
-    def __init__(self, conv: nn.Conv2d, algorithm: Algorithm = F4) -> None:
+    def __init__(self, block: Bottleneck, dtype: torch.dtype) -> None:
         super().__init__()
-        if not self.suits(conv, algorithm):
-            raise ValueError(f"wanted a 3×3 convolution of stride 1 and padding 1 with many channels, got {conv}")
-        self.algorithm = algorithm
-        matrices = (algorithm.a_t, algorithm.g, algorithm.b_t)
-        a_t, g, b_t = (torch.tensor(rows, dtype=torch.float64) for rows in matrices)
-        kernel = conv.weight.detach().double()
-        weight = torch.einsum("ai,bj,oijc->abco", g, g, kernel.permute(0, 2, 3, 1))
-        # in float64 up to here: each value is rounded to float32 once
-        weight = weight.reshape(algorithm.tile**2, conv.in_channels, conv.out_channels).float()
-        bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
-        self.channels_out = conv.out_channels
-        if algorithm is F4:
-            more = -conv.out_channels % _WIDTH
-            weight, bias = nn.functional.pad(weight, (0, more)), nn.functional.pad(bias, (0, more))
-            weight = weight.transpose(1, 2).reshape(-1, conv.in_channels, 1, 1).contiguous()
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-        self.register_buffer("into", torch.kron(b_t, b_t).float())
-        self.register_buffer("out_of", torch.kron(a_t, a_t).float())
-
-    @staticmethod
-    def suits(conv: nn.Conv2d, algorithm: Algorithm = F4) -> bool:
-        """Can it replace this convolution, and is it faster?"""
-        shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-        same = shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
-        pays = algorithm.least_channels <= conv.in_channels <= algorithm.most_channels and conv.out_channels >= 64
-        return same and pays
+        norms = (block.bn1, block.bn2, block.bn3)
+        assert all(type(norm) is nn.Identity for norm in norms), "BatchNorm must have been folded into convolutions"
+        self.conv1 = _quick(block.conv1, dtype, relu=True)
+        self.conv2 = _quick(block.conv2, dtype, relu=True)
+        self.conv3 = _OneDnnConv2d(block.conv3)
+        self.downsample = None if block.downsample is None else quicken(block.downsample, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, channels out, H, W), channels_last."""
-        n, _, height, width = x.shape
-        side = self.algorithm.output
-        rows, columns = -(-height // side), -(-width // side)  # of tiles
-        out = x.new_empty((n, rows * side, columns * side, len(self.bias)))
-        for image, result in zip(x.permute(0, 2, 3, 1), out, strict=True):
-            self._image(image, result.view(rows, side, columns, side, -1))
-        cut = out[:, :height, :width, : self.channels_out]
-        return cut.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-
-    def _image(self, image: Tensor, result: Tensor) -> None:
-        """(H, W, channels in) -> `result`, (rows, m, columns, m, channels out), some strips of rows of tiles at a time."""
-        height, width, channels = image.shape
-        rows, side, columns, _, channels_out = result.shape
-        per_strip = min(rows, max(1, _STRIP_TILES // columns))
-        together = min(rows, per_strip * self.algorithm.strips)
-        padded = image.new_zeros((together * side + 2, columns * side + 2, channels))
-        # Two pieces of memory, in turn: each step reads the one and writes the other
-        size = together * columns * self.algorithm.tile**2 * max(channels, channels_out)
-        scratch = image.new_empty(size), image.new_empty(size)
-        for row in range(0, rows, together):
-            top, part = row * side - 1, result[row : row + together]  # top: of the image, which begins one row later
-            first, last = max(top, 0), min(top + len(padded), height)
-            padded[last - top :].zero_()  # the other margins still are
-            padded[first - top : last - top, 1 : width + 1] = image[first:last]
-            self._strips(padded[: len(part) * side + 2], part, per_strip, scratch)
-
-    def _strips(self, padded: Tensor, result: Tensor, per_strip: int, scratch: tuple[Tensor, Tensor]) -> None:
-        rows, side, columns, _, channels_out = result.shape
-        channels, tile = padded.shape[2], self.algorithm.tile
-        points = tile**2
-        cut = padded.unfold(0, tile, side).unfold(1, tile, side)  # (rows, columns, channels, tile, tile), no copy
-        cut = cut.permute(0, 1, 3, 4, 2)
-        inputs = _view(scratch[1], rows * columns, points, channels)
-        strips = [(row, min(row + per_strip, rows)) for row in range(0, rows, per_strip)]
-        for first, last in strips:
-            tiles = _view(scratch[0], last - first, columns, tile, tile, channels)
-            tiles.copy_(cut[first:last])
-            tiles = tiles.view(-1, points, channels)
-            torch.bmm(self.into.expand(len(tiles), -1, -1), tiles, out=inputs[first * columns : last * columns])
-        products = self._products(inputs, scratch[0])
-        for first, last in strips:
-            count = (last - first) * columns
-            found = _view(scratch[1], count, side**2, channels_out)
-            torch.bmm(self.out_of.expand(count, -1, -1), products[first * columns : last * columns], out=found)
-            found = found.view(-1, columns, side, side, channels_out).transpose(1, 2)
-            torch.add(found, self.bias, out=result[first:last])
-
-    def _products(self, inputs: Tensor, memory: Tensor) -> Tensor:
-        """(tiles, points, channels in) -> (tiles, points, channels out): a matrix product for each point.
-
-        In fp32 as a convolution with as many groups, for oneDNN: torch's products are MKL's, which on Zen 5 reach 107 GFLOP/s
-        where oneDNN has 260 (256 channels of 100×136 pixels: 54 -> 39 ms). It brings the weights into its order each time,
-        which several strips share: 43 ms where each has its own.
-        """
-        count, points, _ = inputs.shape
-        if self.algorithm is not F4:
-            products = _view(memory, points, count, len(self.bias))
-            return torch.bmm(inputs.transpose(0, 1), self.weight, out=products).transpose(0, 1)
-        across: Any = inputs.view(1, 1, count, -1).permute(0, 3, 1, 2)
-        found: Tensor = torch.mkldnn_convolution(across, self.weight, None, (0, 0), (1, 1), (1, 1), points)
-        return found.permute(0, 2, 3, 1).reshape(count, points, -1)
-
-
-def _view(memory: Tensor, *shape: int) -> Tensor:
-    return memory[: math.prod(shape)].view(shape)
+        # Nothing else reads the input of a block without downsample: the pyramid takes the last block's output of a layer
+        others = x if self.downsample is None else self.downsample(x)
+        return self.conv3.add_to(others, self.conv2(self.conv1(x)))

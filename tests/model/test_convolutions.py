@@ -11,9 +11,10 @@ from torch.nn.functional import conv2d
 
 from fcos_ray.model import checks
 from fcos_ray.model.architectures import build_model, fold_batchnorm
-from fcos_ray.model.convolutions import F2, F4, Algorithm, WinogradConv2d, quicken
+from fcos_ray.model.convolutions import quicken
 from fcos_ray.model.detector import Detector
 from fcos_ray.model.weights import load_weights
+from fcos_ray.model.winograd import F2Conv2d, F4Conv2d, WinogradConv2d
 
 
 def convolution(channels: int, channels_out: int, *, bias: bool = True, **settings: Any) -> nn.Conv2d:
@@ -32,7 +33,7 @@ def exact(conv: nn.Conv2d, x: Tensor) -> Tensor:
 def test_winograd_rounds_little_more_than_a_direct_convolution(shape: tuple[int, int], channels_out: int) -> None:
     with torch.inference_mode(False):
         conv = convolution(256, channels_out)
-        quick = WinogradConv2d(conv)
+        quick = F4Conv2d(conv)
     x = torch.randn(2, 256, *shape).to(memory_format=torch.channels_last)
     got, wanted = quick(x), exact(conv, x)
     assert got.shape == wanted.shape
@@ -45,7 +46,7 @@ def test_winograd_rounds_little_more_than_a_direct_convolution(shape: tuple[int,
 def test_winograd_in_bf16_rounds_twice_as_much_as_a_direct_convolution(shape: tuple[int, int]) -> None:
     with torch.inference_mode(False):
         conv = convolution(256, 256)
-        quick = WinogradConv2d(conv, F2).bfloat16()
+        quick = F2Conv2d(conv).bfloat16()
     x = torch.randn(2, 256, *shape).bfloat16()
     wanted = exact(conv, x)
     got, direct = quick(x), conv.bfloat16()(x)
@@ -57,24 +58,26 @@ def test_winograd_in_bf16_rounds_twice_as_much_as_a_direct_convolution(shape: tu
 def test_winograd_takes_any_memory_format_and_no_bias() -> None:
     conv = convolution(128, 128, bias=False)
     x = torch.randn(1, 128, 7, 10)
-    torch.testing.assert_close(WinogradConv2d(conv)(x).double(), exact(conv, x), atol=2e-5, rtol=0)
+    torch.testing.assert_close(F4Conv2d(conv)(x).double(), exact(conv, x), atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("algorithm", "dtype"), [(F4, torch.float32), (F2, torch.bfloat16)], ids=["fp32", "bf16"])
-def test_an_image_does_not_depend_on_its_neighbours(algorithm: Algorithm, dtype: torch.dtype) -> None:
-    quick = WinogradConv2d(convolution(256, 256), algorithm).to(dtype)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(F4Conv2d, torch.float32), (F2Conv2d, torch.bfloat16)], ids=["fp32", "bf16"]
+)
+def test_an_image_does_not_depend_on_its_neighbours(kind: type[WinogradConv2d], dtype: torch.dtype) -> None:
+    quick = kind(convolution(256, 256)).to(dtype)
     images = torch.randn(3, 256, 9, 11).to(dtype=dtype, memory_format=torch.channels_last)
     for index, image in enumerate(quick(images)):
         assert torch.equal(image, quick(images[index : index + 1])[0])
 
 
 @pytest.mark.parametrize("columns", [1, 3, 136, 137, 600])
-@pytest.mark.parametrize("algorithm", [F2, F4], ids=["F2", "F4"])
-def test_strips_of_any_width_join_without_a_seam(algorithm: Algorithm, columns: int) -> None:
+@pytest.mark.parametrize("kind", [F2Conv2d, F4Conv2d], ids=["F2", "F4"])
+def test_strips_of_any_width_join_without_a_seam(kind: type[WinogradConv2d], columns: int) -> None:
     """One strip, several, the last of them shorter; tiles that reach over the image's edge."""
-    quick = WinogradConv2d(conv := convolution(256, 64), algorithm)
+    quick = kind(conv := convolution(256, 64))
     for rows in (1, 11):
-        x = torch.randn(1, 256, rows * algorithm.output - 1, columns * algorithm.output - 1)
+        x = torch.randn(1, 256, rows * kind.algorithm.output - 1, columns * kind.algorithm.output - 1)
         torch.testing.assert_close(quick(x).double(), exact(conv, x), atol=2e-5, rtol=0)
 
 
@@ -92,9 +95,9 @@ def test_strips_of_any_width_join_without_a_seam(algorithm: Algorithm, columns: 
     ids=str,
 )
 def test_winograd_refuses_what_it_does_not_compute(conv: nn.Conv2d) -> None:
-    assert not WinogradConv2d.suits(conv)
+    assert not F4Conv2d.suits(conv)
     with pytest.raises(ValueError, match="wanted a 3×3 convolution of stride 1"):
-        WinogradConv2d(conv)
+        F4Conv2d(conv)
 
 
 @pytest.mark.parametrize("architecture", ["fcos_resnet50_fpn", "fcos_mobilenet_v3_small_fpn"])
@@ -125,7 +128,7 @@ def test_each_precision_has_its_algorithm(monkeypatch: pytest.MonkeyPatch) -> No
     used = {}
     for precision in ("fp32", "bf16"):
         modules = Detector("random:1", device="cpu", precision=precision)._model.modules()
-        used[precision] = [module.algorithm for module in modules if isinstance(module, WinogradConv2d)]
-    assert used == {"fp32": [F4] * 20, "bf16": [F2] * 19}  # fp32: of 128 and 256 channels, bf16: of 256 and 512
+        used[precision] = [type(module) for module in modules if isinstance(module, WinogradConv2d)]
+    assert used == {"fp32": [F4Conv2d] * 20, "bf16": [F2Conv2d] * 19}  # of 128 and 256 channels; of 256 and 512
     model = nn.Sequential(convolution(256, 256))
     assert type(quicken(model, torch.float16)[0]) is nn.Conv2d  # type: ignore[index]
