@@ -78,18 +78,19 @@ _WIDTH: Final = 16  # output channels that one of AVX-512's registers holds in f
 
 
 class WinogradConv2d(nn.Module):
-    """A 3×3 convolution of stride 1 as (m+2)² matrix products per m×m pixels, and the ReLU behind it where there is one.
+    """A 3×3 convolution of stride 1 as (m+2)² matrix products per m×m pixels, and the ReLU behind it if told to.
 
     Images of a batch are computed one by one, so none depends on its neighbours.
     """
 
     algorithm: ClassVar[Algorithm]
+    relu = False  # told to compute the ReLU behind it?
     weight: Tensor  # transformed, (points, channels in, channels out), or as `_arranged` has it
     bias: Tensor  # (channels out,), which are padded to a multiple of _WIDTH
     into: Tensor  # (points, points): B^T x B of a flattened tile, which has so many points
     out_of: Tensor  # (m², points): A^T y A of one
 
-    def __init__(self, conv: nn.Conv2d, *, relu: bool = False) -> None:
+    def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         if not self.suits(conv):
             raise ValueError(f"wanted a 3×3 convolution of stride 1 and padding 1 with many channels, got {conv}")
@@ -102,7 +103,6 @@ class WinogradConv2d(nn.Module):
         bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
         padding = (0, -conv.out_channels % _WIDTH)
         self.channels_out = conv.out_channels
-        self.relu = relu
         self.register_buffer("weight", self._arranged(nn.functional.pad(weight, padding)))
         self.register_buffer("bias", nn.functional.pad(bias, padding))
         self.register_buffer("into", torch.kron(b_t, b_t).float())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
+from torchvision.models.resnet import Bottleneck
 
 from fcos_ray.model import checks
 from fcos_ray.model.architectures import build_model, fold_batchnorm
@@ -108,6 +110,10 @@ def test_a_quickened_model_gives_the_same_outputs_on_one_thread_and_two(architec
     limits = {"score_threshold": 0.2, "nms_threshold": 0.6, "max_detections": 100, "topk_candidates": 1000}
     build: Any = lambda: fold_batchnorm(build_model(weights, **weights.input_settings(), **limits))  # noqa: E731
     plain, quick = build(), quicken(build())
+    # BatchNorm is folded, and what follows a convolution in it
+    assert not [
+        name for name, module in quick.backbone.body.named_modules() if type(module) in (nn.MaxPool2d, Bottleneck)
+    ]
     winograd = sum(isinstance(module, WinogradConv2d) for module in quick.modules())
     assert winograd == (20 if architecture == "fcos_resnet50_fpn" else 0)
     x = torch.randn(1, 3, 160, 224).to(memory_format=torch.channels_last)
@@ -121,6 +127,48 @@ def test_a_quickened_model_gives_the_same_outputs_on_one_thread_and_two(architec
                 torch.testing.assert_close(got[name], values, atol=2e-4, rtol=1e-5)
     finally:
         torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def test_a_quickened_model_in_bf16_is_nearly_as_near_to_fp32_as_torchs() -> None:
+    weights = load_weights("random:1")
+    limits: Any = {"score_threshold": 0.2, "nms_threshold": 0.6, "max_detections": 100, "topk_candidates": 1000}
+    models = [fold_batchnorm(build_model(weights, **weights.input_settings(), **limits)) for _ in range(3)]
+    exact, plain = models[0], models[1].bfloat16()
+    quick = quicken(models[2], torch.bfloat16).to(torch.bfloat16, memory_format=torch.channels_last)
+    x = torch.randn(1, 3, 160, 224).to(memory_format=torch.channels_last)
+    outputs = [
+        list(model.backbone(x.to(dtype)).values())
+        for model, dtype in ((exact, torch.float32), (plain, torch.bfloat16), (quick, torch.bfloat16))
+    ]
+    for level, wanted in enumerate(outputs[0]):
+        theirs, ours = (float((found[level].float() - wanted).square().mean().sqrt()) for found in outputs[1:])
+        assert ours < 1.5 * theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (2, 2), (7, 9), (8, 10), (25, 34)])
+@torch.inference_mode()
+def test_the_faster_pooling_behind_a_relu_finds_the_same(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    with torch.inference_mode(False):
+        stem = nn.Sequential(convolution(3, 8), nn.Identity(), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        quick = quicken(copy.deepcopy(stem), dtype).to(dtype)
+    assert nn.MaxPool2d not in {type(module) for module in quick.modules()}
+    x = torch.randn(2, 3, *shape).to(dtype=dtype, memory_format=torch.channels_last)
+    got = quick(x)
+    assert torch.equal(got, stem.to(dtype)(x))
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "pooling", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2), nn.MaxPool2d(3, 2, 1, ceil_mode=True)], ids=str
+)
+def test_other_poolings_and_poolings_of_negative_values_stay(pooling: nn.Module) -> None:
+    for stem in (
+        nn.Sequential(convolution(3, 8), nn.ReLU(), pooling),
+        nn.Sequential(convolution(3, 8), nn.MaxPool2d(3, 2, 1)),
+    ):
+        assert type(list(quicken(stem).children())[-1]) is nn.MaxPool2d
 
 
 def test_each_precision_has_its_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
