@@ -16,6 +16,7 @@ _CODER = BoxLinearCoder(normalize_by_size=True)
 _GROUP: Final = (
     8  # anchors side by side whose best logit is looked for at once: a row of 700 numbers is read at memory's speed
 )
+_BEST: Final = torch.tensor(math.inf)  # logit of a centre-ness of 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,29 +75,30 @@ def postprocess(
 def _candidates(outputs: HeadOutputs, score_threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """(image, anchor, label) of all that can pass, ascending: torchvision's order within each level.
 
-    Groups of anchors first, then an anchor's best class, then the classes: to look at 1.6 million numbers one by one takes
-    2.7 ms of one core, at each anchor's best 0.9 ms, at each group's 0.2 ms.
+    Groups of anchors first, by what could pass at the best centre-ness; then an anchor's best class where many groups are
+    left; then the classes. To look at 1.6 million numbers one by one takes 2.7 ms of one core, at each anchor's best 0.9 ms,
+    at each group's 0.2 ms.
     """
-    logits, least = outputs.cls_logits, logits_below(score_threshold, outputs.bbox_ctrness[..., 0])
-    near = _near_candidates(logits, least)
-    if 4 * int(near.sum()) < near.numel():
-        image, anchor = near.nonzero(as_tuple=True)
-    else:
-        image, anchor = (logits.amax(2) > least).nonzero(as_tuple=True)
-    place, label = (logits[image, anchor] > least[image, anchor, None]).nonzero(as_tuple=True)
-    return image[place], anchor[place], label
-
-
-def _near_candidates(logits: Tensor, least: Tensor) -> Tensor:
-    """(N, A) bool: anchors of whose group any logit exceeds the group's least; the last few, which fill no group, too."""
+    logits, ctrness = outputs.cls_logits, outputs.bbox_ctrness[..., 0]
     num_images, num_anchors, num_classes = logits.shape
     num_groups = num_anchors // _GROUP
-    whole = num_groups * _GROUP
-    best = logits[:, :whole].view(num_images, num_groups, _GROUP * num_classes).amax(2)
-    near = logits.new_ones((num_images, num_anchors), dtype=torch.bool)
-    lowest = least[:, :whole].view(num_images, num_groups, _GROUP).amin(2)
-    near[:, :whole] = (best > lowest).repeat_interleave(_GROUP, dim=1)
-    return near
+    best = logits[:, : num_groups * _GROUP].view(num_images, num_groups, _GROUP * num_classes).amax(2)
+    near = logits.new_ones(
+        (num_images, num_groups + 1), dtype=torch.bool
+    )  # the last few anchors, which fill no group, too
+    torch.gt(best, float(logits_below(score_threshold, _BEST)), out=near[:, :num_groups])
+    image, group = near.nonzero(as_tuple=True)
+    if 4 * len(image) > near.numel():
+        least = logits_below(score_threshold, ctrness)
+        image, anchor = (logits.amax(2) > least).nonzero(as_tuple=True)
+        place, label = (logits[image, anchor] > least[image, anchor, None]).nonzero(as_tuple=True)
+        return image[place], anchor[place], label
+    image = image[:, None]
+    anchor = group[:, None] * _GROUP + torch.arange(_GROUP, device=group.device)
+    there = anchor.clamp(max=num_anchors - 1)
+    least = logits_below(score_threshold, ctrness[image, there]).masked_fill_(there < anchor, math.inf)
+    place, member, label = (logits[image, there] > least[..., None]).nonzero(as_tuple=True)
+    return image[place, 0], anchor[place, member], label
 
 
 def logits_below(score_threshold: float, ctrness: Tensor) -> Tensor:

@@ -95,9 +95,10 @@ def test_nothing_scores_above_one_and_nothing_passes_when_all_logits_are_low() -
 
 @pytest.mark.parametrize("anchor", [0, 7, 8, 350, 695, 696, 700])  # 701 are eights and five more
 @pytest.mark.parametrize("image", range(len(SHAPES)))
-def test_a_lone_candidate_is_found_wherever_it_stands(image: int, anchor: int) -> None:
+@pytest.mark.parametrize(("logit", "ctrness"), [(5.0, 3.0), (-3.0, 12.0)])  # clear, and near the threshold
+def test_a_lone_candidate_is_found_wherever_it_stands(image: int, anchor: int, logit: float, ctrness: float) -> None:
     outputs = head_outputs(7, bias=-30.0)
-    outputs.cls_logits[image, anchor, 4], outputs.bbox_ctrness[image, anchor] = 5.0, 3.0
+    outputs.cls_logits[image, anchor, 4], outputs.bbox_ctrness[image, anchor] = logit, ctrness
     assert assert_equal(*both(outputs)) == 1
 
 
