@@ -13,9 +13,8 @@ from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.ops import batched_nms, nms
 
 _CODER = BoxLinearCoder(normalize_by_size=True)
-_GROUP: Final = (
-    8  # anchors side by side whose best logit is looked for at once: a row of 700 numbers is read at memory's speed
-)
+# Anchors side by side whose best logit is looked for at once: a row of 700 numbers is read at memory's speed
+_GROUP: Final = 8
 _BEST: Final = torch.tensor(math.inf)  # logit of a centre-ness of 1
 
 
@@ -83,9 +82,8 @@ def _candidates(outputs: HeadOutputs, score_threshold: float) -> tuple[Tensor, T
     num_images, num_anchors, num_classes = logits.shape
     num_groups = num_anchors // _GROUP
     best = logits[:, : num_groups * _GROUP].view(num_images, num_groups, _GROUP * num_classes).amax(2)
-    near = logits.new_ones(
-        (num_images, num_groups + 1), dtype=torch.bool
-    )  # the last few anchors, which fill no group, too
+    # ones: the last few anchors fill no group
+    near = logits.new_ones((num_images, num_groups + 1), dtype=torch.bool)
     torch.gt(best, float(logits_below(score_threshold, _BEST)), out=near[:, :num_groups])
     image, group = near.nonzero(as_tuple=True)
     if 4 * len(image) > near.numel():
