@@ -32,6 +32,7 @@ from fcos_ray.inputs.pinned_files import PinnedFile, read_shard
 from fcos_ray.layout import READ_CPUS, Layout
 from fcos_ray.load import LoadSettings, failure, load_tables
 from fcos_ray.outputs.schema import RESULT_SCHEMA
+from fcos_ray.read_ahead import bound_read_ahead
 from fcos_ray.roll import AtWork, Roll
 from fcos_ray.types import Detections, Image
 
@@ -84,6 +85,7 @@ def result_rows(shards: Sequence[int], stages: Stages) -> Generator[pa.Table, No
 def build(shards: Sequence[int], stages: Stages, *, roll: Roll | None = None) -> ray.data.Dataset:
     """The dataset of result rows: read, load and detect as stages of their own. `roll`: where workers sign on."""
     layout = stages.layout
+    bound_read_ahead(ray.data.DataContext.get_current())
     # Shards smaller than what a load task takes are read together: what is cut out of them never spans two read tasks, and a
     # task of Ray Data costs what loading many thumbnails does.
     rows_of = [rows for file in stages.files for rows in file.shard_rows]

@@ -8,7 +8,9 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fcos_ray import pipeline
 from fcos_ray.benchmark.photographs import draw_jpeg
 from fcos_ray.inputs.fetch import FetchPolicy
 from fcos_ray.inputs.manifests import find_sources
@@ -40,17 +43,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def built(corpus: Path, folder: Path, layout: Layout) -> Any:
+def built(corpus: Path, folder: Path, layout: Layout, *, num_shards: int = 4, shard_rows: int = 6) -> Any:
     policy = FetchPolicy(allow_roots=(str(corpus),))
     with draft_plan(
-        find_sources([str(corpus / "manifest.parquet")]), PlanSettings(shard_rows=6, fetch=policy)
+        find_sources([str(corpus / "manifest.parquet")]), PlanSettings(shard_rows=shard_rows, fetch=policy)
     ) as draft:
         files = pin(draft, str(folder))
     load = LoadSettings(
         fetch=policy, max_pixels=10**8, decode_deadline_seconds=20, decode_memory_bytes=2**31,
         min_size=96, max_size=160, exact_resize=False,
     )  # fmt: skip
-    return build(list(range(4)), Stages(str(folder), files, load, PixelDetector, layout))
+    return build(list(range(num_shards)), Stages(str(folder), files, load, PixelDetector, layout))
 
 
 def test_load_and_detect_are_stages_of_their_own(corpus: Path, tmp_path: Path, ray_session: Any) -> None:
@@ -64,6 +67,41 @@ def test_load_and_detect_are_stages_of_their_own(corpus: Path, tmp_path: Path, r
     table = done.to_pandas()
     assert sorted(zip(table["shard"], table["row"], strict=True)) == [(s, r) for s in range(4) for r in range(6)]
     assert set(done.schema().names) == set(RESULT_SCHEMA.names), "no pixels leave the detect stage"
+
+
+def test_reading_waits_while_enough_blocks_wait_for_load_tasks(
+    tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2,000 blocks of two rows, and load tasks that take five seconds each: without a bound all of them are read."""
+    (tmp_path / "dot.png").write_bytes(draw_jpeg(8, 8, seed=1))
+    ids = pa.array(range(4000)).cast(pa.string())
+    pq.write_table(pa.table({"image_id": ids, "uri": pa.repeat("dot.png", len(ids))}), tmp_path / "manifest.parquet")
+    (seen := tmp_path / "seen").mkdir()
+    read, load = pipeline._read, pipeline._load
+
+    def noted(numbers: pa.Table, **settings: Any) -> Iterator[pa.Table]:
+        for table in read(numbers, **settings):
+            (seen / str(table["shard"][0])).touch()
+            yield table
+
+    def slow(rows: pa.Table, **settings: Any) -> Iterator[pa.Table]:
+        time.sleep(5)
+        yield from load(rows, **settings)
+
+    monkeypatch.setattr(pipeline, "_read", noted)
+    monkeypatch.setattr(pipeline, "_load", slow)
+    layout = plan_layout(
+        Cluster(4, 0, 4), num_rows=4000, device=None, num_detectors=1, gpus_per_detector=None, load_cpus=0.5
+    )
+    dataset = built(tmp_path, tmp_path / "pinned", replace(layout, load_rows=2), num_shards=200, shard_rows=20)
+    batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+    assert next(batches).num_rows == 2
+    counts = [0]
+    while len(counts) < 7 or counts[-7] < counts[-1] < 60:  # until no shard was read for six seconds
+        time.sleep(1)
+        counts.append(len(list(seen.iterdir())))
+    del batches  # ends the execution
+    assert 10 <= counts[-1] <= 20, f"{counts}: 100 blocks are ten shards; and what tasks had begun"
 
 
 NULL_JOBS = """
