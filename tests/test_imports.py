@@ -33,6 +33,7 @@ AT_HOME = {  # library: where it may be imported
     ),
     "ray": (
         "pipeline",
+        "read_ahead",
         "roll",
         "execution",
         "commit_task",
