@@ -310,7 +310,7 @@ class Execution:
 
 
 def _trim_memory() -> None:
-    """Give back freed memory, of which glibc keeps 35 KB more with each shard; other C libraries have no such call."""
+    """Give back freed memory, of which glibc keeps more and more; other C libraries have no such call."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 

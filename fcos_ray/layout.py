@@ -49,8 +49,11 @@ class Layout:
 
     @property
     def num_read_tasks(self) -> int:
-        """Reading pinned rows is thousands of times faster than loading them; each task is one more process to start."""
-        return max(1, min(32, self.num_load_tasks // 4))
+        """Reading pinned rows is thousands of times faster than loading them.
+
+        Each task is one more process to start, which keeps its share of a CPU while it waits (read_ahead.py).
+        """
+        return max(1, min(8, self.num_load_tasks // 16))
 
     def describe(self) -> str:
         """One line for the log."""

@@ -85,7 +85,6 @@ def result_rows(shards: Sequence[int], stages: Stages) -> Generator[pa.Table, No
 def build(shards: Sequence[int], stages: Stages, *, roll: Roll | None = None) -> ray.data.Dataset:
     """The dataset of result rows: read, load and detect as stages of their own. `roll`: where workers sign on."""
     layout = stages.layout
-    bound_read_ahead(ray.data.DataContext.get_current())
     # Shards smaller than what a load task takes are read together: what is cut out of them never spans two read tasks, and a
     # task of Ray Data costs what loading many thumbnails does.
     rows_of = [rows for file in stages.files for rows in file.shard_rows]
@@ -98,7 +97,9 @@ def build(shards: Sequence[int], stages: Stages, *, roll: Roll | None = None) ->
     load = functools.partial(_load, settings=stages.load, roll=roll)
     readers = ray.data.TaskPoolStrategy(size=layout.num_read_tasks)
     # Not from_arrow, which asks for each table's number of rows in a task of a whole CPU: 2.4 s before anything else begins
-    read_rows = from_blocks(numbers).map_batches(read, batch_format="pyarrow", num_cpus=READ_CPUS, compute=readers)
+    source = from_blocks(numbers)
+    bound_read_ahead(source.context)
+    read_rows = source.map_batches(read, batch_format="pyarrow", num_cpus=READ_CPUS, compute=readers)
     loaded = _cut(read_rows, layout.load_rows, readers).map_batches(
         load,
         batch_format="pyarrow",

@@ -18,10 +18,11 @@ _BLOCKS_PER_TASK: Final = 4
 
 
 class ReadAheadPolicy(BackpressurePolicy):
-    """Lets the first stage pause while enough of its blocks wait for the second.
+    """Lets the first stage pause while enough of its blocks wait for the second: no task is begun, none hands on more.
 
     Ray Data 2.60 bounds what waits in bytes. Rows of a manifest are small: it reads 170,000 of them while 2,000 are loaded,
-    and in the end the whole manifest, and the driver holds some 17 KB for each block that waits.
+    and in the end the whole manifest, and the driver holds some 17 KB for each block that waits. While no load task has
+    room it still lets a block pass now and then, until the tasks that have begun are done.
     """
 
     def can_add_input(self, op: PhysicalOperator) -> bool:
@@ -30,7 +31,8 @@ class ReadAheadPolicy(BackpressurePolicy):
 
     def max_task_output_bytes_to_read(self, op: PhysicalOperator) -> int | None:
         """Whether blocks of tasks that run may come, too: none, or as many as others allow."""
-        return 0 if self._is_ahead(op) else None
+        # Only of an operator with tasks: others that hand on nothing are warned of as idle
+        return 0 if op.num_active_tasks() and self._is_ahead(op) else None
 
     def _is_ahead(self, op: PhysicalOperator) -> bool:
         if not any(isinstance(source, InputDataBuffer) for source in op.input_dependencies):
@@ -41,7 +43,8 @@ class ReadAheadPolicy(BackpressurePolicy):
 
 
 def bound_read_ahead(context: DataContext) -> None:
-    """Have executions of this context heed it."""
-    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, ReadAheadPolicy])
-    # Where no load task is at work for lack of room, Ray Data lets a block pass ten times a second all the same
+    """Add ReadAheadPolicy to a dataset's context."""
+    others = context.get_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, ENABLED_BACKPRESSURE_POLICIES)
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*others, ReadAheadPolicy])
+    # What passes while no load task has room: ten blocks a second by default
     context.output_backpressure_guard_release_interval_s = 1.0

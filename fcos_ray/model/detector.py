@@ -255,11 +255,11 @@ class Detector:
         return batch
 
     def _to_device(self, pixels: NDArray[np.uint8] | Tensor) -> Tensor:
-        """(3, H, W) float32 in 0–1, contiguous: what follows takes 4 ms instead of 6 for a 640×480 image on a CPU."""
+        """(3, H, W) float32 in 0–1."""
         if isinstance(pixels, Tensor):
             return pixels.to(self.device, torch.float32)
         # Copied into memory of torch's own: arrays out of Ray's object store are read-only, which torch cannot express.
-        # Pinned, the copy to the device does not wait.
+        # Pinned, the copy to the device does not wait. Contiguous, what follows takes half a millisecond less.
         own = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         np.copyto(own.numpy(), pixels)
         return own.to(self.device, non_blocking=True).permute(2, 0, 1).contiguous().to(torch.float32).div_(255)

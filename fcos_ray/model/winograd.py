@@ -25,7 +25,7 @@ class Algorithm:
     b_t: Rows  # (m+2, m+2)
     least_channels: int  # below, the transforms cost what the products save
     most_channels: int  # beyond, reading the weights does
-    strip_tiles: int  # transformed at a time, about, so that they stay in a core's cache
+    strip_tiles: int  # transformed at a time, about: more leave the caches, fewer take more calls
     strips: int  # whose products are computed at once
 
     @property

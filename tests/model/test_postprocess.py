@@ -102,6 +102,20 @@ def test_a_lone_candidate_is_found_wherever_it_stands(image: int, anchor: int, l
     assert assert_equal(*both(outputs)) == 1
 
 
+@pytest.mark.parametrize("steps", [None, 0.5])
+def test_a_few_candidates_of_some_groups_give_torchvisions_detections(
+    steps: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = head_outputs(8, bias=-8.8, steps=steps)
+    looked_closer = []  # shapes of what logits_below is asked of: the best, and the members of some groups
+    monkeypatch.setattr(
+        "fcos_ray.model.postprocess.logits_below", lambda t, c: looked_closer.append(c.shape) or logits_below(t, c)
+    )
+    assert assert_equal(*both(outputs)) > 10
+    assert [len(shape) for shape in looked_closer] == [0, 2]
+    assert looked_closer[1][1] == 8
+
+
 @pytest.mark.parametrize("ctrness", [80.0, 3.0, 0.0, -2.0, -12.0])
 def test_scores_at_the_threshold_survive_the_test_on_logits(ctrness: float) -> None:
     """At the very edge, σ(cls) = t² / σ(ctr), the logit test alone must never drop what the score keeps."""
