@@ -130,3 +130,8 @@ def test_a_layout_describes_itself_in_one_line() -> None:
 @pytest.mark.parametrize(("cpus", "commits"), [(1, 2), (2, 2), (8, 2), (16, 4), (64, 8)])
 def test_few_cores_start_few_processes_for_commits(cpus: int, commits: int) -> None:
     assert layout(cpus).num_commits == layout(cpus, 1).num_commits == commits
+
+
+def test_few_readers_hold_a_share_of_a_cpu_while_they_wait() -> None:
+    assert [layout(cpus).num_read_tasks for cpus in (1, 2, 16)] == [1, 1, 1]
+    assert [layout(cpus, 4).num_read_tasks for cpus in (64, 4096)] == [3, 8]

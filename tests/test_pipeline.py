@@ -73,9 +73,9 @@ def test_reading_waits_while_enough_blocks_wait_for_load_tasks(
     tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """2,000 blocks of two rows, and load tasks that take five seconds each: without a bound all of them are read."""
-    (tmp_path / "dot.png").write_bytes(draw_jpeg(8, 8, seed=1))
+    (tmp_path / "dot.jpg").write_bytes(draw_jpeg(8, 8, seed=1))
     ids = pa.array(range(4000)).cast(pa.string())
-    pq.write_table(pa.table({"image_id": ids, "uri": pa.repeat("dot.png", len(ids))}), tmp_path / "manifest.parquet")
+    pq.write_table(pa.table({"image_id": ids, "uri": pa.repeat("dot.jpg", len(ids))}), tmp_path / "manifest.parquet")
     (seen := tmp_path / "seen").mkdir()
     read, load = pipeline._read, pipeline._load
 

@@ -7,6 +7,7 @@ A^T [(G w G^T) · (B^T x B)] A, summed over channels inside of the brackets.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -78,7 +79,7 @@ F2: Final = Algorithm(
 _WIDTH: Final = 16  # output channels that one of AVX-512's registers holds in fp32
 
 
-class WinogradConv2d(nn.Module):
+class WinogradConv2d(nn.Module, ABC):
     """A 3×3 convolution of stride 1 as (m+2)² matrix products per m×m pixels, and the ReLU behind it if told to.
 
     Images of a batch are computed one by one, so none depends on its neighbours.
@@ -148,9 +149,9 @@ class WinogradConv2d(nn.Module):
             cut = padded[: len(part) * side + 2].unfold(0, tile, side).unfold(1, tile, side)  # no copy
             self._strips(cut.permute(0, 1, 3, 4, 2), part, per_strip, scratch)
 
+    @abstractmethod
     def _strips(self, cut: Tensor, result: Tensor, per_strip: int, scratch: tuple[Tensor, Tensor]) -> None:
         """Tiles, (rows, columns, m+2, m+2, channels in), which overlap -> `result`, `per_strip` rows at a time."""
-        raise NotImplementedError
 
     def _arranged(self, weight: Tensor) -> Tensor:
         return weight

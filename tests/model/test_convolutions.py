@@ -114,7 +114,7 @@ def test_a_quickened_model_gives_the_same_outputs_on_one_thread_and_two(architec
     limits = {"score_threshold": 0.2, "nms_threshold": 0.6, "max_detections": 100, "topk_candidates": 1000}
     build: Any = lambda: fold_batchnorm(build_model(weights, **weights.input_settings(), **limits))  # noqa: E731
     plain, quick = build(), quicken(build())
-    # BatchNorm is folded, and what follows a convolution in it
+    # blocks and pooling are replaced, not their convolutions alone
     assert not [
         name for name, module in quick.backbone.body.named_modules() if type(module) in (nn.MaxPool2d, Bottleneck)
     ]
