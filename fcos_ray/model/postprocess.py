@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Final, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BoxLinearCoder
-from torchvision.ops import batched_nms, nms
+from torchvision.ops import nms
 
 _CODER = BoxLinearCoder(normalize_by_size=True)
-# Anchors side by side whose best logit is looked for at once: a row of 700 numbers is read at memory's speed
-_GROUP: Final = 8
-_BEST: Final = torch.tensor(math.inf)  # logit of a centre-ness of 1
+# Rows side by side whose best logit is looked for at once: one reduction of 91 numbers takes 50 ns, of 364 as good as that
+_GROUP: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,52 +53,62 @@ def postprocess(
 
     `image_shapes`: (height, width) of each resized image within the padded micro-batch.
     torchvision scores every (anchor, class), 2 million at 800×1333. Here the few that can pass are picked by their logit
-    first, for the whole micro-batch at once, and only they are scored.
+    first, for the whole micro-batch at once, and only they are scored. A row is one anchor of one image, image by image.
     """
-    image, anchor, label = _candidates(outputs, score_threshold)
-    score = torch.sqrt(
-        torch.sigmoid(outputs.cls_logits[image, anchor, label]) * torch.sigmoid(outputs.bbox_ctrness[image, anchor, 0])
-    )
-    keep = _best_per_level(outputs, image, anchor, score, score_threshold, topk_candidates)
-    image, anchor, label, score = image[keep], anchor[keep], label[keep], score[keep]
-    boxes = _CODER.decode(outputs.bbox_regression[image, anchor], outputs.anchors[anchor])
-    boxes = _clip(boxes, torch.tensor(image_shapes, dtype=boxes.dtype, device=boxes.device)[image])
+    num_images, num_anchors, num_classes = outputs.cls_logits.shape
+    logits, ctrness = outputs.cls_logits.view(-1, num_classes), outputs.bbox_ctrness.view(-1)
+    row, label = _candidates(logits, ctrness, score_threshold)
+    score = torch.sqrt(torch.sigmoid(logits[row, label]) * torch.sigmoid(ctrness[row]))
+    num_levels = len(outputs.num_anchors_per_level)
+    level_ends = torch.tensor(list(accumulate([*outputs.num_anchors_per_level] * num_images)), device=row.device)
+    best, counts = _best_per_level(row, score, level_ends, score_threshold, topk_candidates)
+    row, label, score = row[best], label[best], score[best]
+    anchor = row % num_anchors if num_images > 1 else row
+    boxes = _CODER.decode(outputs.bbox_regression.view(-1, 4)[row], outputs.anchors[anchor])
 
     found = []
-    counts = torch.bincount(image, minlength=len(image_shapes)).tolist()
-    parts = (torch.split(part, counts) for part in (boxes, score, label))
-    for b, s, k in zip(*parts, strict=True):  # per image: NMS must not see others
-        best = _nms(b, s, k, nms_threshold)[:max_detections]
-        found.append(Found(b[best], k[best], s[best]))
+    per_image = [sum(counts[i : i + num_levels]) for i in range(0, len(counts), num_levels)]
+    corners = torch.tensor([(w, h, w, h) for h, w in image_shapes], dtype=boxes.dtype, device=boxes.device)
+    parts = (torch.split(part, per_image) for part in (boxes, score, label))
+    for b, s, k, corner in zip(*parts, corners, strict=True):  # per image: NMS must not see others
+        b = b.clamp(min=0).minimum(corner)
+        kept = first_of_nms(b, s, k, nms_threshold, max_detections)
+        found.append(Found(b[kept], k[kept], s[kept]))
     return found
 
 
-def _candidates(outputs: HeadOutputs, score_threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(image, anchor, label) of all that can pass, ascending: torchvision's order within each level.
+def _candidates(logits: Tensor, ctrness: Tensor, score_threshold: float) -> tuple[Tensor, Tensor]:
+    """(row, label) of all that can pass, ascending: torchvision's order within each level.
 
-    Groups of anchors first, by what could pass at the best centre-ness; then an anchor's best class where many groups are
-    left; then the classes. To look at 1.6 million numbers one by one takes 2.7 ms of one core, at each anchor's best 0.9 ms,
-    at each group's 0.2 ms.
+    Groups of rows first, by what could pass at the best centre-ness; then every number of the groups that are left, or of
+    all where they are many. To look at 1.6 million numbers one by one takes 1.2 ms of one core; at each group's best
+    0.25 ms, as long as memory takes to give them.
     """
-    logits, ctrness = outputs.cls_logits, outputs.bbox_ctrness[..., 0]
-    num_images, num_anchors, num_classes = logits.shape
-    num_groups = num_anchors // _GROUP
-    best = logits[:, : num_groups * _GROUP].view(num_images, num_groups, _GROUP * num_classes).amax(2)
-    # ones: the last few anchors fill no group
-    near = logits.new_ones((num_images, num_groups + 1), dtype=torch.bool)
-    torch.gt(best, float(logits_below(score_threshold, _BEST)), out=near[:, :num_groups])
-    image, group = near.nonzero(as_tuple=True)
-    if 4 * len(image) > near.numel():
-        least = logits_below(score_threshold, ctrness)
-        image, anchor = (logits.amax(2) > least).nonzero(as_tuple=True)
-        place, label = (logits[image, anchor] > least[image, anchor, None]).nonzero(as_tuple=True)
-        return image[place], anchor[place], label
-    image = image[:, None]
-    anchor = group[:, None] * _GROUP + torch.arange(_GROUP, device=group.device)
-    there = anchor.clamp(max=num_anchors - 1)
-    least = logits_below(score_threshold, ctrness[image, there]).masked_fill_(there < anchor, math.inf)
-    place, member, label = (logits[image, there] > least[..., None]).nonzero(as_tuple=True)
-    return image[place, 0], anchor[place, member], label
+    num_rows, num_classes = logits.shape
+    num_groups = num_rows // _GROUP
+    best = logits[: num_groups * _GROUP].view(num_groups, _GROUP * num_classes).amax(1)
+    group = _nonzero(best > _least_of_all(score_threshold))
+    if 2 * len(group) > num_groups:
+        row = torch.arange(num_rows, device=logits.device)
+    else:
+        near = (group[:, None] * _GROUP + torch.arange(_GROUP, device=group.device)).view(-1)
+        row = torch.cat([near, torch.arange(num_groups * _GROUP, num_rows, device=group.device)])
+        logits, ctrness = logits.index_select(0, row), ctrness[row]
+    least = logits_below(score_threshold, ctrness)
+    passed = _nonzero(logits > least[:, None])
+    return row[passed // num_classes], passed % num_classes
+
+
+@functools.cache
+def _least_of_all(score_threshold: float) -> float:
+    return float(logits_below(score_threshold, torch.tensor(math.inf)))  # the logit of a centre-ness of 1
+
+
+def _nonzero(mask: Tensor) -> Tensor:
+    """Places in the flat mask. On a CPU numpy's: 0.15 ns a value, torch's 1.1."""
+    if mask.is_cpu and mask.numel() > 10_000:
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.view(-1).nonzero()[:, 0]
 
 
 def logits_below(score_threshold: float, ctrness: Tensor) -> Tensor:
@@ -112,35 +124,74 @@ def logits_below(score_threshold: float, ctrness: Tensor) -> Tensor:
 
 
 def _best_per_level(
-    outputs: HeadOutputs, image: Tensor, anchor: Tensor, score: Tensor, score_threshold: float, topk_candidates: int
-) -> Tensor:
-    """Indices of the candidates above the threshold and among the best of their (image, level); images ascend."""
-    passed = torch.where(score > score_threshold)[0]
-    num_levels = len(outputs.num_anchors_per_level)
-    last = torch.tensor(outputs.num_anchors_per_level, device=anchor.device).cumsum(0)
-    level = torch.bucketize(anchor[passed], last, right=True)
-    num_images = outputs.cls_logits.shape[0]
-    counts = torch.bincount(image[passed] * num_levels + level, minlength=num_images * num_levels).tolist()
-    best = []
-    for indices in torch.split(passed, counts):
-        # topk also where nothing is cut: it decides the order of equal scores, and so which of them NMS keeps
-        best.append(indices[score[indices].topk(min(topk_candidates, len(indices))).indices])
-    return torch.cat(best)
+    row: Tensor, score: Tensor, level_ends: Tensor, score_threshold: float, topk_candidates: int
+) -> tuple[Tensor, list[int]]:
+    """Places of the candidates above the threshold and among the best of their level; how many there are in each level.
+
+    `level_ends`: the row after the last of each level, image by image. Rows ascend.
+    """
+    passed = _nonzero(score > score_threshold)
+    row, score = row[passed], score[passed]
+    ends = torch.searchsorted(row, level_ends).tolist()
+    best, counts = [], []
+    for start, end in pairwise([0, *ends]):
+        counts.append(min(topk_candidates, end - start))
+        if end - start:
+            # topk also where nothing is cut: it decides the order of equal scores, and so which of them NMS keeps
+            best.append(passed[start:end][score[start:end].topk(counts[-1]).indices])
+    return torch.cat(best) if best else passed, counts
 
 
-def _nms(boxes: Tensor, scores: Tensor, labels: Tensor, nms_threshold: float) -> Tensor:
-    """torchvision's batched_nms. It looks for each class's boxes among all; here they are sorted by class once."""
-    if boxes.numel() <= (4000 if boxes.device.type == "cpu" else 20_000):
-        # torchvision 0.29 tells classes apart by shifting boxes then, which rounds them: so it is done here
-        return cast("Tensor", batched_nms(boxes, scores, labels, nms_threshold))
+def first_of_nms(boxes: Tensor, scores: Tensor, labels: Tensor, nms_threshold: float, max_detections: int) -> Tensor:
+    """Places of the first `max_detections` that torchvision's batched_nms keeps, scores descending.
+
+    boxes: (n, 4) xyxy, scores, labels: (n,).
+    Only a kept box that scores higher suppresses a box. So the best few hundred are looked at first, the next few hundred
+    beside those that stayed, and so on until enough have stayed.
+    """
+    if not len(scores):
+        return labels
+    if boxes.numel() <= (4000 if boxes.is_cpu else 100_000):
+        # torchvision tells classes apart by shifting boxes then, which rounds them: so it is done here
+        shifted = boxes + (labels.to(boxes) * (boxes.max() + 1))[:, None]
+        return cast("Tensor", nms(shifted, scores, nms_threshold)[:max_detections])
+    best_first = scores.sort(descending=True, stable=True).indices  # as nms sorts
+    kept = best_first[:0]
+    for more in torch.split(best_first, 4 * max(max_detections, 100)):
+        some = torch.cat([kept, more])
+        kept = some[_nms_of_each_class(boxes[some], scores[some], labels[some], nms_threshold)]
+        first = scores[kept[: max_detections + 1]]
+        if len(first) > max_detections and bool((first[:-1] > first[1:]).all()):
+            return kept[:max_detections]
+    # torchvision's sort is not stable: in which order equal scores come depends on all that is kept
+    kept = kept.sort().values
+    return kept[scores[kept].sort(descending=True).indices[:max_detections]]
+
+
+def _nms_of_each_class(boxes: Tensor, scores: Tensor, labels: Tensor, nms_threshold: float) -> Tensor:
+    """Places of what is kept, ascending. Scores descend."""
+    if len(boxes) <= 1000:
+        kept = _nms_in_float64(boxes, scores, labels, nms_threshold)
+        if kept is not None:
+            return kept
+    # torchvision looks for each class's boxes among all; here they are sorted by class once
     by_label = labels.sort(stable=True).indices
     counts = torch.bincount(labels)
     sizes = counts[counts > 0].tolist()
     parts = (torch.split(part, sizes) for part in (by_label, boxes[by_label], scores[by_label]))
-    kept = torch.cat([places[nms(b, s, nms_threshold)] for places, b, s in zip(*parts, strict=True)]).sort().values
-    return kept[scores[kept].sort(descending=True).indices]  # not stable: the order of equal scores is torchvision's
+    return torch.cat([places[nms(b, s, nms_threshold)] for places, b, s in zip(*parts, strict=True)]).sort().values
 
 
-def _clip(boxes: Tensor, shapes: Tensor) -> Tensor:
-    """Clip each box to its own image. boxes: (n, 4) xyxy, shapes: (n, 2) height, width."""
-    return torch.minimum(boxes.clamp(min=0), shapes.flip(1).repeat(1, 2))
+def _nms_in_float64(boxes: Tensor, scores: Tensor, labels: Tensor, nms_threshold: float) -> Tensor | None:
+    """All classes in one call, 400 boxes of 91 classes in 0.4 ms instead of 2.3; None where float32 might say otherwise.
+
+    Shifted in float64, a box with sides of 0.01 or more overlaps others as it does in float32 where it is, to 1e-6 (a shift
+    below 2^24 leaves a float64 2^-29). What stays both a little below the threshold and a little above it stays at the
+    threshold: no box that stayed comes near enough to it to doubt.
+    """
+    sides = boxes[:, 2:] - boxes[:, :2]
+    if not bool(((sides == 0) | (sides >= 1e-2)).all()):  # nor with NaN
+        return None
+    shifted = boxes.double() + (labels.double() * (boxes.max().double() + 1))[:, None]
+    low, high = (nms(shifted, scores.double(), nms_threshold + change) for change in (-1e-5, 1e-5))
+    return cast("Tensor", low) if torch.equal(low, high) else None

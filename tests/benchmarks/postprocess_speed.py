@@ -21,23 +21,43 @@ from fcos_ray.model.postprocess import HeadOutputs, postprocess
 
 GRIDS: Final = [(100, 136), (50, 68), (25, 34), (13, 17), (7, 9)]
 SHAPES: Final = [(800, 1066)]
-# name -> mean and spread of the class logits, score threshold
-MIXTURES: Final = {"few": (-7.6, 1.12, 0.2), "thousands": (-8.5, 1.12, 0.05)}
+# name -> mean and spread of the class logits, objects, score threshold. In "thousands" a candidate's class and place are
+# chance, so that hardly any two overlap; in "crowd" candidates lie around objects, as a detector's do.
+MIXTURES: Final = {"few": (-7.6, 1.12, 0, 0.2), "crowd": (-8.5, 1.0, 100, 0.05), "thousands": (-8.5, 1.12, 0, 0.05)}
 
 
-def head_outputs(mean: float, spread: float) -> HeadOutputs:
+def head_outputs(mean: float, spread: float, num_objects: int) -> HeadOutputs:
     """The same numbers each time."""
     g = torch.Generator().manual_seed(0)
     counts = [h * w for h, w in GRIDS]
     generator = AnchorGenerator(((8,), (16,), (32,), (64,), (128,)), ((1.0,),) * 5)
     levels = [torch.zeros(1, 1, h, w) for h, w in GRIDS]
-    return HeadOutputs(
+    outputs = HeadOutputs(
         cls_logits=mean + spread * torch.randn(1, sum(counts), 91, generator=g),
         bbox_regression=4 * torch.rand(1, sum(counts), 4, generator=g),
         bbox_ctrness=torch.randn(1, sum(counts), 1, generator=g),
         anchors=generator(ImageList(torch.zeros(1, 3, 800, 1088), [(800, 1088)]), levels)[0],
         num_anchors_per_level=counts,
     )
+    for _ in range(num_objects):
+        _add_object(outputs, g)
+    return outputs
+
+
+def _add_object(outputs: HeadOutputs, g: torch.Generator) -> None:
+    """A square of one of 12 classes: anchors within it, of a fitting level, say so, the surer the nearer its middle."""
+    anchors = outputs.anchors
+    side, label = 20 + 150 * torch.rand(1, generator=g), int(torch.randint(12, (1,), generator=g))
+    middle = torch.rand(2, generator=g) * torch.tensor([1066.0, 800.0])
+    from_middle = (anchors[:, :2] + anchors[:, 2:]) / 2 - middle
+    distances = side / 2 + torch.cat([from_middle, -from_middle], 1)
+    furthest = distances.amax(1) / (anchors[:, 2] - anchors[:, 0])
+    within = ((distances.amin(1) > 0) & (furthest > 1) & (furthest < 8)).nonzero()[:, 0]
+    away = from_middle[within].norm(dim=1) / side
+    outputs.cls_logits[0, within, label] = 2 - 6 * away + torch.randn(len(within), generator=g)
+    outputs.bbox_ctrness[0, within, 0] = 3 - 8 * away
+    noise = 1 + 0.03 * torch.randn(len(within), 4, generator=g)
+    outputs.bbox_regression[0, within] = distances[within] * noise / (anchors[within, 2:3] - anchors[within, :1])
 
 
 def torchvisions(outputs: HeadOutputs, limits: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -72,16 +92,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=31)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    for name, (mean, spread, score_threshold) in MIXTURES.items():
+    for name, (mean, spread, num_objects, score_threshold) in MIXTURES.items():
         limits = {
             "score_threshold": score_threshold,
             "nms_threshold": 0.6,
             "max_detections": 100,
             "topk_candidates": 1000,
         }
-        outputs = head_outputs(mean, spread)
+        outputs = head_outputs(mean, spread, num_objects)
         ours, theirs = postprocess(outputs, SHAPES, **limits)[0], torchvisions(outputs, limits)
         assert torch.equal(ours.labels, theirs["labels"])
+        assert torch.equal(ours.boxes, theirs["boxes"])
         calls = {
             "ours": lambda o=outputs, k=limits: postprocess(o, SHAPES, **k),
             "torchvision": lambda o=outputs, k=limits: torchvisions(o, k),

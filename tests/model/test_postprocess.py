@@ -9,8 +9,9 @@ import torch
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import batched_nms, box_iou
 
-from fcos_ray.model.postprocess import Found, HeadOutputs, logits_below, postprocess
+from fcos_ray.model.postprocess import Found, HeadOutputs, first_of_nms, logits_below, postprocess
 
 GRIDS = [(20, 26), (10, 13), (5, 7), (3, 4), (2, 2)]
 SHAPES = [(160, 208), (150, 201), (133, 180)]
@@ -107,13 +108,12 @@ def test_a_few_candidates_of_some_groups_give_torchvisions_detections(
     steps: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outputs = head_outputs(8, bias=-8.8, steps=steps)
-    looked_closer = []  # shapes of what logits_below is asked of: the best, and the members of some groups
+    looked_closer = []  # at how many anchors' centre-ness
     monkeypatch.setattr(
-        "fcos_ray.model.postprocess.logits_below", lambda t, c: looked_closer.append(c.shape) or logits_below(t, c)
+        "fcos_ray.model.postprocess.logits_below", lambda t, c: looked_closer.append(c.numel()) or logits_below(t, c)
     )
     assert assert_equal(*both(outputs)) > 10
-    assert [len(shape) for shape in looked_closer] == [0, 2]
-    assert looked_closer[1][1] == 8
+    assert 20 < looked_closer[-1] < outputs.bbox_ctrness.numel() / 2
 
 
 @pytest.mark.parametrize("ctrness", [80.0, 3.0, 0.0, -2.0, -12.0])
@@ -150,3 +150,62 @@ def test_an_image_does_not_see_its_neighbours() -> None:
         )[0]
         assert torch.equal(alone.labels, together[i].labels)
         torch.testing.assert_close(alone.boxes, together[i].boxes, rtol=0, atol=1e-6)
+
+
+def boxes_of_clusters(n: int, num_classes: int, seed: int, *, steps: float | None = None) -> tuple[torch.Tensor, ...]:
+    """(boxes, scores, labels): n boxes around n / 8 places; `steps` rounds the scores, so that many are equal."""
+    g = torch.Generator().manual_seed(seed)
+    place = torch.randint(n // 8 + 1, (n,), generator=g)
+    corner = (1000 * torch.rand(n // 8 + 1, 2, generator=g))[place] + 8 * torch.rand(n, 2, generator=g)
+    side = (5 + 100 * torch.rand(n // 8 + 1, 2, generator=g))[place] + 8 * torch.rand(n, 2, generator=g)
+    scores = torch.rand(n, generator=g)
+    labels = torch.randint(num_classes, (n // 8 + 1,), generator=g)[place]
+    return torch.cat([corner, corner + side], 1), scores if steps is None else (scores / steps).round() * steps, labels
+
+
+@pytest.mark.parametrize("steps", [None, 0.001, 0.1])
+@pytest.mark.parametrize("num_classes", [1, 7, 91])
+@pytest.mark.parametrize("n", [0, 1, 5, 900, 1001, 3000])
+def test_the_first_of_nms_are_batched_nms_first(n: int, num_classes: int, steps: float | None) -> None:
+    boxes, scores, labels = boxes_of_clusters(n, num_classes, seed=n + num_classes, steps=steps)
+    for nms_threshold in (0.0, 0.6, 1.0):
+        wanted = batched_nms(boxes, scores, labels, nms_threshold)
+        for max_detections in (1, 100, 300, 10**6):
+            found = first_of_nms(boxes, scores, labels, nms_threshold, max_detections)
+            assert torch.equal(found, wanted[:max_detections])
+
+
+def test_boxes_that_overlap_by_the_very_threshold_stay_or_go_as_in_float32() -> None:
+    """Each of 20 pairs overlaps, in float32, by what is then the threshold, or by the least that is more."""
+    boxes, scores, _ = boxes_of_clusters(1200, 1, seed=0)
+    labels = torch.arange(60).repeat(20)
+    boxes[60:80] = boxes[:20] + torch.rand(20, 4, generator=torch.Generator().manual_seed(1))
+    scores[:20], scores[60:80] = torch.linspace(0.98, 0.99, 20), torch.linspace(0.96, 0.97, 20)  # pairs come first
+    overlaps = torch.diagonal(box_iou(boxes[:20], boxes[60:80]))
+    went = []
+    for nms_threshold in (*overlaps.tolist(), *torch.nextafter(overlaps, torch.zeros(20)).tolist()):
+        found = first_of_nms(boxes, scores, labels, nms_threshold, 100)
+        assert torch.equal(found, batched_nms(boxes, scores, labels, nms_threshold)[:100])
+        went.append(20 - int(((found >= 60) & (found < 80)).sum()))
+    assert went[20:] == [n + 1 for n in went[:20]]  # the pair itself
+
+
+@pytest.mark.parametrize("smallest", [1e-11, 1e-6, 1e-3])
+def test_slivers_are_suppressed_as_in_float32(smallest: float) -> None:
+    g = torch.Generator().manual_seed(2)
+    corner = torch.rand(1500, 2, generator=g) * 3 * smallest
+    boxes = torch.cat([corner, corner + smallest * (1 + torch.rand(1500, 2, generator=g))], 1)
+    boxes[0] = torch.tensor([0.0, 0.0, 1333.0, 800.0])
+    scores, labels = torch.rand(1500, generator=g), torch.randint(80, 90, (1500,), generator=g)
+    scores[0] = 1.0  # far shifts from the first
+    wanted = batched_nms(boxes, scores, labels, 0.6)
+    assert 100 < len(wanted) < 1000
+    assert torch.equal(first_of_nms(boxes, scores, labels, 0.6, 100), wanted[:100])
+
+
+def test_a_box_without_numbers_leaves_the_others_as_they_are() -> None:
+    boxes, scores, labels = boxes_of_clusters(1500, 20, seed=3)
+    boxes[scores.argmax()] = float("nan")
+    wanted = batched_nms(boxes, scores, labels, 0.5)
+    assert len(wanted) < 1000
+    assert torch.equal(first_of_nms(boxes, scores, labels, 0.5, 100), wanted[:100])
