@@ -13,11 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BoxLinearCoder
-from torchvision.ops import nms
+from torchvision.ops import batched_nms, nms
 
 _CODER = BoxLinearCoder(normalize_by_size=True)
-# Rows side by side whose best logit is looked for at once: one reduction of 91 numbers takes 50 ns, of 364 as good as that
+# Rows side by side whose best logit is looked for at once: reducing 91 numbers takes 50 ns, reducing 364 as good as that.
+# Of eights 0.03 ms less would be read ahead and twice the rows looked at closer
 _GROUP: Final = 4
+# Boxes of all classes in one call of NMS at most: 800 take 0.5 ms, 91 calls 2.3; 1,600 that all stay 3.4 and 2.5
+_IN_ONE_CALL: Final = 1200
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +58,15 @@ def postprocess(
     torchvision scores every (anchor, class), 2 million at 800×1333. Here the few that can pass are picked by their logit
     first, for the whole micro-batch at once, and only they are scored. A row is one anchor of one image, image by image.
     """
-    num_images, num_anchors, num_classes = outputs.cls_logits.shape
-    logits, ctrness = outputs.cls_logits.view(-1, num_classes), outputs.bbox_ctrness.view(-1)
+    num_images, num_anchors, _ = outputs.cls_logits.shape
+    logits, ctrness = outputs.cls_logits.flatten(0, 1), outputs.bbox_ctrness.flatten()
     row, label = _candidates(logits, ctrness, score_threshold)
     score = torch.sqrt(torch.sigmoid(logits[row, label]) * torch.sigmoid(ctrness[row]))
     num_levels = len(outputs.num_anchors_per_level)
     level_ends = torch.tensor(list(accumulate([*outputs.num_anchors_per_level] * num_images)), device=row.device)
     best, counts = _best_per_level(row, score, level_ends, score_threshold, topk_candidates)
     row, label, score = row[best], label[best], score[best]
-    anchor = row % num_anchors if num_images > 1 else row
-    boxes = _CODER.decode(outputs.bbox_regression.view(-1, 4)[row], outputs.anchors[anchor])
+    boxes = _CODER.decode(outputs.bbox_regression.flatten(0, 1)[row], outputs.anchors[row % num_anchors])
 
     found = []
     per_image = [sum(counts[i : i + num_levels]) for i in range(0, len(counts), num_levels)]
@@ -87,7 +89,7 @@ def _candidates(logits: Tensor, ctrness: Tensor, score_threshold: float) -> tupl
     num_rows, num_classes = logits.shape
     num_groups = num_rows // _GROUP
     best = logits[: num_groups * _GROUP].view(num_groups, _GROUP * num_classes).amax(1)
-    group = _nonzero(best > _least_of_all(score_threshold))
+    group = _nonzero(~(best <= _least_of_all(score_threshold)))  # a NaN says nothing of its group
     if 2 * len(group) > num_groups:
         row = torch.arange(num_rows, device=logits.device)
     else:
@@ -105,7 +107,7 @@ def _least_of_all(score_threshold: float) -> float:
 
 
 def _nonzero(mask: Tensor) -> Tensor:
-    """Places in the flat mask. On a CPU numpy's: 0.15 ns a value, torch's 1.1."""
+    """Places in the flat mask. On a CPU numpy's where few are set: 0.15 ns a value, torch's 1.1."""
     if mask.is_cpu and mask.numel() > 10_000:
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.view(-1).nonzero()[:, 0]
@@ -145,24 +147,24 @@ def _best_per_level(
 def first_of_nms(boxes: Tensor, scores: Tensor, labels: Tensor, nms_threshold: float, max_detections: int) -> Tensor:
     """Places of the first `max_detections` that torchvision's batched_nms keeps, scores descending.
 
-    boxes: (n, 4) xyxy, scores, labels: (n,).
-    Only a kept box that scores higher suppresses a box. So the best few hundred are looked at first, the next few hundred
-    beside those that stayed, and so on until enough have stayed.
+    boxes: (n, 4) xyxy from 0, scores, labels: (n,).
+    Only a kept box that scores higher suppresses a box. So the best few hundred are looked at first, then twice as many
+    beside those that stayed, then, if it must be, all others beside those.
     """
-    if not len(scores):
-        return labels
     if boxes.numel() <= (4000 if boxes.is_cpu else 100_000):
-        # torchvision tells classes apart by shifting boxes then, which rounds them: so it is done here
-        shifted = boxes + (labels.to(boxes) * (boxes.max() + 1))[:, None]
-        return cast("Tensor", nms(shifted, scores, nms_threshold)[:max_detections])
-    best_first = scores.sort(descending=True, stable=True).indices  # as nms sorts
-    kept = best_first[:0]
-    for more in torch.split(best_first, 4 * max(max_detections, 100)):
-        some = torch.cat([kept, more])
+        # torchvision tells classes apart by shifting boxes then, which rounds them: so what counts are all boxes
+        return cast("Tensor", batched_nms(boxes, scores, labels, nms_threshold)[:max_detections])
+    rest = scores.sort(descending=True, stable=True).indices  # as nms sorts
+    kept = rest[:0]
+    size = few = 4 * max(max_detections, 100)
+    while len(rest):
+        some, rest = torch.cat([kept, rest[:size]]), rest[size:]
         kept = some[_nms_of_each_class(boxes[some], scores[some], labels[some], nms_threshold)]
         first = scores[kept[: max_detections + 1]]
-        if len(first) > max_detections and bool((first[:-1] > first[1:]).all()):
+        enough = len(first) > max_detections
+        if enough and bool((first[:-1] > first[1:]).all()):
             return kept[:max_detections]
+        size = len(scores) if enough or size > few else 2 * few
     # torchvision's sort is not stable: in which order equal scores come depends on all that is kept
     kept = kept.sort().values
     return kept[scores[kept].sort(descending=True).indices[:max_detections]]
@@ -170,14 +172,13 @@ def first_of_nms(boxes: Tensor, scores: Tensor, labels: Tensor, nms_threshold: f
 
 def _nms_of_each_class(boxes: Tensor, scores: Tensor, labels: Tensor, nms_threshold: float) -> Tensor:
     """Places of what is kept, ascending. Scores descend."""
-    if len(boxes) <= 1000:
+    if len(boxes) <= _IN_ONE_CALL:
         kept = _nms_in_float64(boxes, scores, labels, nms_threshold)
         if kept is not None:
             return kept
     # torchvision looks for each class's boxes among all; here they are sorted by class once
     by_label = labels.sort(stable=True).indices
-    counts = torch.bincount(labels)
-    sizes = counts[counts > 0].tolist()
+    sizes = torch.unique_consecutive(labels[by_label], return_counts=True)[1].tolist()
     parts = (torch.split(part, sizes) for part in (by_label, boxes[by_label], scores[by_label]))
     return torch.cat([places[nms(b, s, nms_threshold)] for places, b, s in zip(*parts, strict=True)]).sort().values
 
@@ -185,13 +186,15 @@ def _nms_of_each_class(boxes: Tensor, scores: Tensor, labels: Tensor, nms_thresh
 def _nms_in_float64(boxes: Tensor, scores: Tensor, labels: Tensor, nms_threshold: float) -> Tensor | None:
     """All classes in one call, 400 boxes of 91 classes in 0.4 ms instead of 2.3; None where float32 might say otherwise.
 
-    Shifted in float64, a box with sides of 0.01 or more overlaps others as it does in float32 where it is, to 1e-6 (a shift
-    below 2^24 leaves a float64 2^-29). What stays both a little below the threshold and a little above it stays at the
-    threshold: no box that stayed comes near enough to it to doubt.
+    Shifted by less than 2^24 in float64, a box with sides of 0.01 or more overlaps others as it does in float32 where it
+    is, to 1e-6; d is 1e-5 here. If what is kept below the threshold t, at t - d, is what is kept above it, at t + d, it is
+    kept at t too. By induction: a kept box overlaps no kept one of higher score by more than t - d, a dropped one overlaps
+    such a one by more than t + d, and float32 is nearer than d.
     """
     sides = boxes[:, 2:] - boxes[:, :2]
-    if not bool(((sides == 0) | (sides >= 1e-2)).all()):  # nor with NaN
+    shifts = labels.double() * (boxes.max().double() + 1)
+    if not bool(((sides == 0) | (sides >= 1e-2)).all() & (shifts < 2**24).all()):  # nor with NaN
         return None
-    shifted = boxes.double() + (labels.double() * (boxes.max().double() + 1))[:, None]
-    low, high = (nms(shifted, scores.double(), nms_threshold + change) for change in (-1e-5, 1e-5))
+    shifted = boxes.double() + shifts[:, None]
+    low, high = (nms(shifted, scores.double(), nms_threshold + d) for d in (-1e-5, 1e-5))
     return cast("Tensor", low) if torch.equal(low, high) else None

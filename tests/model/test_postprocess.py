@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,13 +96,32 @@ def test_nothing_scores_above_one_and_nothing_passes_when_all_logits_are_low() -
     assert assert_equal(*both(head_outputs(5, bias=-60.0))) == 0
 
 
-@pytest.mark.parametrize("anchor", [0, 7, 8, 350, 695, 696, 700])  # 701 are eights and five more
+@pytest.mark.parametrize("anchor", [0, 3, 4, 350, 697, 698, 700])  # groups of four across three images of 701
 @pytest.mark.parametrize("image", range(len(SHAPES)))
 @pytest.mark.parametrize(("logit", "ctrness"), [(5.0, 3.0), (-3.0, 12.0)])  # clear, and near the threshold
 def test_a_lone_candidate_is_found_wherever_it_stands(image: int, anchor: int, logit: float, ctrness: float) -> None:
     outputs = head_outputs(7, bias=-30.0)
     outputs.cls_logits[image, anchor, 4], outputs.bbox_ctrness[image, anchor] = logit, ctrness
     assert assert_equal(*both(outputs)) == 1
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.2])
+def test_outputs_of_a_model_in_bf16_give_torchvisions_detections(threshold: float) -> None:
+    for seed in range(5):
+        outputs = head_outputs(seed, bias=-3.0)
+        for values in (outputs.cls_logits, outputs.bbox_regression, outputs.bbox_ctrness):
+            values.copy_(values.bfloat16())
+        assert assert_equal(*both(outputs, score_threshold=threshold)) > 100
+
+
+def test_what_is_not_a_number_takes_nothing_from_its_neighbours() -> None:
+    """A group of four anchors lies across images 0 and 1: the last of 701 and the first three."""
+    lone = head_outputs(9, bias=-30.0)
+    lone.cls_logits[1, 0, 4], lone.bbox_ctrness[1, 0] = 5.0, 3.0
+    for where in ((0,), (0, 700), (0, 700, 7), (1, 0, 7), (1, 1)):
+        outputs = replace(lone, cls_logits=lone.cls_logits.clone())
+        outputs.cls_logits[where] = math.nan
+        assert assert_equal(*both(outputs)) == 1
 
 
 @pytest.mark.parametrize("steps", [None, 0.5])
@@ -200,6 +221,16 @@ def test_slivers_are_suppressed_as_in_float32(smallest: float) -> None:
     scores[0] = 1.0  # far shifts from the first
     wanted = batched_nms(boxes, scores, labels, 0.6)
     assert 100 < len(wanted) < 1000
+    assert torch.equal(first_of_nms(boxes, scores, labels, 0.6, 100), wanted[:100])
+
+
+def test_classes_too_many_to_shift_apart_are_suppressed_as_in_float32() -> None:
+    boxes, scores, _ = boxes_of_clusters(1500, 1, seed=4)
+    boxes = boxes / 100  # small sides, far shifts
+    labels = torch.arange(1500) // 2 + 10**13
+    boxes[1::2] = boxes[::2] + 0.02
+    wanted = batched_nms(boxes, scores, labels, 0.6)
+    assert 750 < len(wanted) < 1400
     assert torch.equal(first_of_nms(boxes, scores, labels, 0.6, 100), wanted[:100])
 
 
