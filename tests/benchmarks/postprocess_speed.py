@@ -28,6 +28,7 @@ MIXTURES: Final = {
     "crowd": (-8.5, 1.0, 100, 0.05),
     "crowd without background": (-30.0, 1.0, 20, 0.05),
     "thousands": (-8.5, 1.12, 0, 0.05),
+    "everything": (-8.5, 1.0, 100, 0.0),
 }
 
 

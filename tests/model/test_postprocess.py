@@ -13,7 +13,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms, box_iou
 
-from fcos_ray.model.postprocess import Found, HeadOutputs, first_of_nms, logits_below, postprocess
+from fcos_ray.model.postprocess import Found, HeadOutputs, _above, first_of_nms, logit_below, postprocess
 
 GRIDS = [(20, 26), (10, 13), (5, 7), (3, 4), (2, 2)]
 SHAPES = [(160, 208), (150, 201), (133, 180)]
@@ -96,7 +96,7 @@ def test_nothing_scores_above_one_and_nothing_passes_when_all_logits_are_low() -
     assert assert_equal(*both(head_outputs(5, bias=-60.0))) == 0
 
 
-@pytest.mark.parametrize("anchor", [0, 3, 4, 350, 697, 698, 700])  # groups of four across three images of 701
+@pytest.mark.parametrize("anchor", [0, 22, 23, 350, 697, 698, 700])  # 30 groups of 256 numbers, and 31 numbers more
 @pytest.mark.parametrize("image", range(len(SHAPES)))
 @pytest.mark.parametrize(("logit", "ctrness"), [(5.0, 3.0), (-3.0, 12.0)])  # clear, and near the threshold
 def test_a_lone_candidate_is_found_wherever_it_stands(image: int, anchor: int, logit: float, ctrness: float) -> None:
@@ -115,7 +115,6 @@ def test_outputs_of_a_model_in_bf16_give_torchvisions_detections(threshold: floa
 
 
 def test_what_is_not_a_number_takes_nothing_from_its_neighbours() -> None:
-    """A group of four anchors lies across images 0 and 1: the last of 701 and the first three."""
     lone = head_outputs(9, bias=-30.0)
     lone.cls_logits[1, 0, 4], lone.bbox_ctrness[1, 0] = 5.0, 3.0
     for where in ((0,), (0, 700), (0, 700, 7), (1, 0, 7), (1, 1)):
@@ -125,34 +124,36 @@ def test_what_is_not_a_number_takes_nothing_from_its_neighbours() -> None:
 
 
 @pytest.mark.parametrize("steps", [None, 0.5])
-def test_a_few_candidates_of_some_groups_give_torchvisions_detections(
-    steps: float | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("bias", "ways"), [(-30.0, "groups"), (-5.0, "numbers"), (0.0, "scores")])
+def test_few_many_and_most_that_can_pass_give_torchvisions_detections(
+    bias: float, ways: str, steps: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outputs = head_outputs(8, bias=-8.8, steps=steps)
-    looked_closer = []  # at how many anchors' centre-ness
+    """By the best of each group, by every number, or by every score."""
+    looked_through = []  # how many numbers, how many scores
     monkeypatch.setattr(
-        "fcos_ray.model.postprocess.logits_below", lambda t, c: looked_closer.append(c.numel()) or logits_below(t, c)
+        "fcos_ray.model.postprocess._above", lambda v, least: looked_through.append(len(v)) or _above(v, least)
     )
+    outputs = head_outputs(8, bias=bias, steps=steps)
+    outputs.cls_logits[:, 300:320] = head_outputs(9, steps=steps).cls_logits[:, 300:320]
     assert assert_equal(*both(outputs)) > 10
-    assert 20 < looked_closer[-1] < outputs.bbox_ctrness.numel() / 2
+    every = outputs.cls_logits[0].numel()
+    for numbers, scores in zip(looked_through[::2], looked_through[1::2], strict=True):
+        assert (numbers == every, scores == every) == (ways != "groups", ways == "scores")
 
 
-@pytest.mark.parametrize("ctrness", [80.0, 3.0, 0.0, -2.0, -12.0])
+@pytest.mark.parametrize("ctrness", [80.0, 12.0])
 def test_scores_at_the_threshold_survive_the_test_on_logits(ctrness: float) -> None:
     """At the very edge, σ(cls) = t² / σ(ctr), the logit test alone must never drop what the score keeps."""
     centre = torch.tensor(ctrness, dtype=torch.float64)
     for threshold in (1e-18, 1e-6, 0.05, 0.2, 0.5, 0.9, 0.999, 0.99999):
         edge = float(torch.logit(threshold**2 / torch.sigmoid(centre)))
-        least = logits_below(threshold, centre.float())
-        if threshold**2 >= torch.sigmoid(centre):  # nothing can pass
-            assert not (torch.sqrt(torch.sigmoid(centre.float())) > threshold) or least < 30
-            continue
         logits = (edge + torch.linspace(-1e-3, 1e-3, 20001, dtype=torch.float64) * max(1.0, abs(edge))).float()
-        scores = torch.sqrt(torch.sigmoid(logits) * torch.sigmoid(centre.float()))
-        passing = scores > threshold
+        passing = torch.sqrt(torch.sigmoid(logits) * torch.sigmoid(centre.float())) > threshold
         assert passing.any()
         assert not passing.all()
-        assert (logits[passing] > least).all()
+        assert (logits[passing] > logit_below(threshold)).all()
+        if 1e-6 <= threshold <= 0.99:  # nor is it far below
+            assert logit_below(threshold) > edge - 1e-3
 
 
 def test_an_image_does_not_see_its_neighbours() -> None:
