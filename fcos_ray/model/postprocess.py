@@ -23,7 +23,7 @@ _IN_ONE_CALL: Final = 1200
 
 @dataclass(frozen=True, slots=True)
 class HeadOutputs:
-    """What backbone and head say about one micro-batch. A: anchors of all levels, one after the other."""
+    """What backbone and head say about one micro-batch, in float32. A: anchors of all levels, one after the other."""
 
     cls_logits: Tensor  # (N, A, K)
     bbox_regression: Tensor  # (N, A, 4)
@@ -54,17 +54,17 @@ def postprocess(
 
     `image_shapes`: (height, width) of each resized image within the padded micro-batch.
     torchvision scores every (anchor, class), 2 million at 800×1333. Here the few that can pass are picked by their logit
-    first, and only they are scored. One image after the other, as NMS goes anyway; on a CPU a micro-batch is one.
+    first, and only they are scored. One image after the other, as NMS goes anyway; on a CPU a micro-batch is one by default.
     """
     found = []
-    for image, (height, width) in enumerate(image_shapes):
-        logits = outputs.cls_logits[image]
-        place, score = _passing(logits, outputs.bbox_ctrness[image], score_threshold)
+    by_image = zip(outputs.cls_logits, outputs.bbox_regression, outputs.bbox_ctrness, image_shapes, strict=True)
+    for logits, regression, ctrness, (height, width) in by_image:
+        place, score = _passing(logits, ctrness, outputs.num_anchors_per_level, score_threshold)
         if len(place) > topk_candidates or len(set(score.tolist())) < len(place):
             best = _best_of_levels(place // logits.shape[1], score, outputs.num_anchors_per_level, topk_candidates)
             place, score = place[best], score[best]
         anchor, label = place // logits.shape[1], place % logits.shape[1]
-        boxes = _decoded(outputs.bbox_regression[image, anchor], outputs.anchors[anchor])
+        boxes = _decoded(regression[anchor], outputs.anchors[anchor])
         boxes[:, 0::2].clamp_(0, width)
         boxes[:, 1::2].clamp_(0, height)
         kept = first_of_nms(boxes, score, label, nms_threshold, max_detections)
@@ -72,58 +72,65 @@ def postprocess(
     return found
 
 
-def _passing(cls_logits: Tensor, ctrness: Tensor, score_threshold: float) -> tuple[Tensor, Tensor]:
+def _passing(
+    cls_logits: Tensor, ctrness: Tensor, num_anchors_per_level: Sequence[int], score_threshold: float
+) -> tuple[Tensor, Tensor]:
     """What scores above the threshold: places in the flat (A, K) logits, ascending, and scores. `ctrness`: (A, 1)."""
-    num_anchors, num_classes = cls_logits.shape
-    logits = cls_logits.flatten()
+    logits, num_classes = cls_logits.flatten(), cls_logits.shape[1]
     place = _candidates(logits, logit_below(score_threshold))
-    if 4 * len(place) > num_anchors * num_classes:  # to score all where they are takes less then: 3 ns each, not 20
-        score = torch.sqrt(torch.sigmoid(cls_logits) * torch.sigmoid(ctrness)).view(-1)
+    if 7 * len(place) > len(logits):  # to score all where they are takes less then: 3 ns each, not 20
+        levels = zip(*(torch.split(part, list(num_anchors_per_level)) for part in (cls_logits, ctrness)), strict=True)
+        score = torch.cat([torch.sqrt(torch.sigmoid(cls) * torch.sigmoid(ctr)).flatten() for cls, ctr in levels])
         place = _above(score, score_threshold)
         return place, score[place]
-    score = torch.sqrt(torch.sigmoid(logits[place]) * torch.sigmoid(ctrness.view(-1)[place // num_classes]))
+    # What is beyond a multiple of 32 torch's sigmoid computes by another loop, some off by a bit: in torchvision's scores
+    # that is the end of each level, here it would be all where fewer than 32 pass
+    n = len(place)
+    both = torch.cat([logits[place], ctrness.flatten()[place // num_classes], logits.new_zeros(-2 * n % 32)]).sigmoid()
+    score = torch.sqrt(both[:n] * both[n : 2 * n])
     passed = _above(score, score_threshold)
     return place[passed], score[passed]
 
 
 @functools.cache
 def logit_below(score_threshold: float) -> float:
-    """A class logit that every score above the threshold exceeds.
+    """What a class's logit must exceed for its score to pass.
 
-    √(σ(cls)·σ(ctr)) > t needs σ(cls) > t². 1e-5 is far more than float32 loses on the way. Where t² comes near float32's
+    √(σ(cls)·σ(ctr)) > t needs σ(cls) > t². 1e-5 is more than float32 loses on the way. Where t² comes near float32's
     denormals nothing is left out.
     """
     probability = score_threshold**2 * (1 - 1e-5)
-    if probability <= 1e-30:
-        return -math.inf
-    return math.log(probability / (1 - probability)) if probability < 1 else math.inf
+    return math.log(probability / (1 - probability)) if probability > 1e-30 else -math.inf
 
 
 def _candidates(logits: Tensor, least: float) -> Tensor:
     """Places above `least`, ascending: torchvision's order within each level.
 
-    Groups first, then every number of the groups whose best is above, or of all where they are many. To look at 1.6
-    million numbers one by one takes 0.5 ms of one core; at each group's best 0.2 ms, as long as memory takes to give them.
+    Groups first, then every number of the groups whose best is above, or of all where those are many. To read 1.6 million
+    numbers out of memory takes 0.2 ms of one core, to compare them all and list what passes another 0.3.
     """
     whole = len(logits) // _GROUP * _GROUP
     groups = logits[:whole].view(-1, _GROUP)
-    near = (~(groups.amax(1) <= least)).nonzero()[:, 0]  # also where there is a NaN, which says nothing of its group
-    if 8 * len(near) > len(groups):
+    open_groups = (~(groups.amax(1) <= least)).nonzero()[:, 0]  # a NaN says nothing of its group
+    if 8 * len(open_groups) > len(groups):
         return _above(logits, least)
-    group, within = (groups.index_select(0, near) > least).nonzero().unbind(1)
-    place, rest = near[group] * _GROUP + within, _above(logits[whole:], least)
+    nth, within = (groups.index_select(0, open_groups) > least).nonzero().unbind(1)
+    place, rest = open_groups[nth] * _GROUP + within, _above(logits[whole:], least)
     return torch.cat([place, whole + rest]) if len(rest) else place
 
 
 def _above(values: Tensor, least: float) -> Tensor:
     """Places of the values above `least`, ascending. On a CPU numpy's where there are many: 0.2 ns each, torch's 1.5."""
     if values.is_cpu and len(values) > 5000:
-        return torch.from_numpy(np.flatnonzero(values.numpy() > least))
+        return torch.from_numpy(np.flatnonzero(values.numpy() > float(least)))  # numpy's floats would not be rounded
     return (values > least).nonzero()[:, 0]
 
 
 def _decoded(distances: Tensor, anchors: Tensor) -> Tensor:
-    """(n, 4) xyxy. Distances from the anchor's middle to the box's sides, in sides of the anchor: FCOS's box coder."""
+    """(n, 4) xyxy, as torchvision's BoxLinearCoder gives them, in fewer calls.
+
+    `distances`: (n, 4), from the anchor's middle to the box's sides, in sides of the anchor.
+    """
     sides = anchors[:, 2:] - anchors[:, :2]
     middle = 0.5 * (anchors[:, :2] + anchors[:, 2:])
     return torch.cat([middle - distances[:, :2] * sides, middle + distances[:, 2:] * sides], 1)
@@ -132,7 +139,7 @@ def _decoded(distances: Tensor, anchors: Tensor) -> Tensor:
 def _best_of_levels(
     anchor: Tensor, score: Tensor, num_anchors_per_level: Sequence[int], topk_candidates: int
 ) -> Tensor:
-    """Which are the best of each level. Anchors ascend.
+    """Places of the best of each level, level by level, best first. Anchors ascend.
 
     topk also where nothing is cut: it decides the order of equal scores, and so which of them NMS keeps.
     """
