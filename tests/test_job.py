@@ -90,15 +90,15 @@ def test_the_job_finds_what_the_detector_finds_one_image_at_a_time(
         assert_same_detections(detections_of(row), wanted, **CUTS)
 
 
+@pytest.mark.parametrize("num_detectors", [1, 3])
 def test_a_shuffled_manifest_cut_otherwise_gives_the_same(
-    corpus: Path, labelled: tuple[Path, fr.RunSummary], tmp_path: Path
+    corpus: Path, labelled: tuple[Path, fr.RunSummary], tmp_path: Path, num_detectors: int
 ) -> None:
-    """One detector and micro-batches of four, instead of a detector for each of four CPUs and single images."""
     table = pq.read_table(corpus / "manifest.parquet").drop_columns(["width", "height"])
-    order = np.random.default_rng(1).permutation(table.num_rows)
-    shuffled = corpus / "shuffled.parquet"
+    order = np.random.default_rng(num_detectors).permutation(table.num_rows)
+    shuffled = corpus / f"shuffled-{num_detectors}.parquet"
     pq.write_table(table.take(order), shuffled)
-    fr.run(config(shuffled, tmp_path, shard_rows=7, num_detectors=1, max_micro_batch=4))
+    fr.run(config(shuffled, tmp_path, shard_rows=7, num_detectors=num_detectors, max_micro_batch=4))
     got, wanted = rows_of(tmp_path), rows_of(labelled[0])
     assert got.keys() == wanted.keys()
     for image_id, row in got.items():

@@ -203,18 +203,21 @@ def test_few_many_and_most_that_can_pass_give_torchvisions_detections(
         assert (numbers == every, scores == every) == (ways != "groups", ways == "scores")
 
 
-@pytest.mark.parametrize("ctrness", [80.0, 12.0])
+@pytest.mark.parametrize("ctrness", [80.0, 12.0, 3.0, 0.0, -2.0, -12.0])
 def test_scores_at_the_threshold_survive_the_test_on_logits(ctrness: float) -> None:
     """At the very edge, σ(cls) = t² / σ(ctr), the logit test alone must never drop what the score keeps."""
     centre = torch.tensor(ctrness, dtype=torch.float64)
     for threshold in (1e-18, 2e-15, 1e-6, 0.05, 0.2, 0.5, 0.9, 0.999, 0.99999):
+        if threshold**2 >= torch.sigmoid(centre):  # nothing can pass
+            assert not torch.sqrt(torch.sigmoid(centre.float())) > threshold
+            continue
         edge = float(torch.logit(threshold**2 / torch.sigmoid(centre)))
         logits = (edge + torch.linspace(-1e-3, 1e-3, 20001, dtype=torch.float64) * max(1.0, abs(edge))).float()
         passing = torch.sqrt(torch.sigmoid(logits) * torch.sigmoid(centre.float())) > threshold
         assert passing.any()
         assert not passing.all()
         assert (logits[passing] > logit_below(threshold)).all()
-        if 1e-6 <= threshold <= 0.99:  # nor is it far below
+        if ctrness >= 12 and 1e-6 <= threshold <= 0.99:  # nor is it far below what passes at the best centre-ness
             assert logit_below(threshold) > edge - 1e-3
 
 
