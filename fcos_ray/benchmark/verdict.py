@@ -28,7 +28,7 @@ def busy_share(detect_seconds: float, job: float | None, layout: Layout) -> floa
     return None if job is None else detect_seconds * job / layout.num_detectors
 
 
-def bottleneck(capacity: Capacity, stages: StageSeconds, load: LoadSettings, layout: Layout) -> str:
+def bottleneck(capacity: Capacity, stages: StageSeconds, load: LoadSettings, layout: Layout, precision: str) -> str:
     """What limits the job, and what to change."""
     each = capacity.detectors / layout.num_detectors
     ran = (
@@ -38,7 +38,7 @@ def bottleneck(capacity: Capacity, stages: StageSeconds, load: LoadSettings, lay
     )
     wanted = stages.load * each  # load CPUs that keep one detector busy
     if layout.device == "cpu":
-        return _on_cpus(each, wanted, stages, load) + ran
+        return _on_cpus(each, wanted, stages, load, precision) + ran
     has = layout.num_load_tasks * layout.load_cpus / layout.num_detectors
     if wanted <= has:
         return f"detect: there is load for {has / wanted:,.1f} times as many detectors. More GPUs.{ran}"
@@ -48,13 +48,14 @@ def bottleneck(capacity: Capacity, stages: StageSeconds, load: LoadSettings, lay
     )
 
 
-def _on_cpus(each: float, wanted: float, stages: StageSeconds, load: LoadSettings) -> str:
+def _on_cpus(each: float, wanted: float, stages: StageSeconds, load: LoadSettings, precision: str) -> str:
     share = wanted / (1 + wanted)  # of a core that detects and loads in turns
     if share > 0.5:
         return f"{_worst(stages)}: loading takes {share:.0%} of the cores' time. More cores{_remedy(stages, load)}."
+    faster = ", --precision bf16 where they do it natively," if precision == "fp32" else ""
     return (
-        f"detect: {each:,.2f} images/s of each detector alone; loading takes {share:.1%} of the cores' time. More cores, "
-        "--precision bf16 where they do it natively, or GPUs."
+        f"detect: {each:,.2f} images/s of each detector alone; loading takes {share:.1%} of the cores' time. "
+        f"More cores{faster} or GPUs."
     )
 
 

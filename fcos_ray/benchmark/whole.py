@@ -102,7 +102,7 @@ def measure(folder: str, asked: Asked) -> dict[str, Any]:
         "efficiency": None if asked.null_detector else capacity.efficiency,
         "fill": _fill(config, asked.cap) if asked.null_detector else None,
         "fast_decode": None if cost is None else asdict(cost),
-        "bottleneck": None if asked.null_detector else bottleneck(capacity, stages, load, layout),
+        "bottleneck": None if asked.null_detector else bottleneck(capacity, stages, load, layout, config.precision),
     }
 
 

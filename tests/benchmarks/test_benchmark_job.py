@@ -115,7 +115,19 @@ def test_what_limits_a_job_is_said_with_what_to_change(
     words: str,
 ) -> None:
     stages = StageSeconds(fetch, decode, 0.005, fetch + decode, 0.0, 0.1, 0.0, 0.0, 0.0)
-    assert re.search(words, bottleneck(Capacity(detectors, job), stages, settings, layout))
+    assert re.search(words, bottleneck(Capacity(detectors, job), stages, settings, layout, "fp32"))
+
+
+def test_bf16_is_advised_to_those_who_do_not_use_it() -> None:
+    stages = StageSeconds(0.0, 0.01, 0.005, 0.01, 0.0, 0.1, 0.0, 0.0, 0.0)
+    advice = {
+        precision: bottleneck(Capacity(2.0, None), stages, LOAD, CPUS, precision).partition("time. ")[2]
+        for precision in ("fp32", "bf16")
+    }
+    assert advice == {
+        "fp32": "More cores, --precision bf16 where they do it natively, or GPUs.",
+        "bf16": "More cores or GPUs.",
+    }
 
 
 def test_fast_decoding_is_held_against_the_truth_of_drawings() -> None:

@@ -134,8 +134,12 @@ def test_a_quickened_model_gives_the_same_outputs_on_one_thread_and_two(architec
 
 
 @needs_bf16
+@pytest.mark.parametrize("unit", [{}, {"amx_bf16": True}], ids=["winograd", "direct"])
 @torch.inference_mode()
-def test_a_quickened_model_in_bf16_is_nearly_as_near_to_fp32_as_torchs() -> None:
+def test_a_quickened_model_in_bf16_is_nearly_as_near_to_fp32_as_torchs(
+    unit: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: unit)
     weights = load_weights("random:1")
     limits: Any = {"score_threshold": 0.2, "nms_threshold": 0.6, "max_detections": 100, "topk_candidates": 1000}
     models = [fold_batchnorm(build_model(weights, **weights.input_settings(), **limits)) for _ in range(3)]
@@ -184,12 +188,15 @@ def test_poolings_of_values_of_any_sign_stay() -> None:
     assert list(quicken(nn.Sequential(convolution(3, 8), pooling)).children())[-1] is pooling
 
 
-def test_each_precision_has_its_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("unit", [{}, {"amx_bf16": True}], ids=["vectors", "AMX"])
+def test_each_precision_has_its_algorithm(unit: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "_is_native", lambda *_: True)  # any CPU can hold a model in bf16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: unit)
     used = {}
     for precision in ("fp32", "bf16"):
         modules = Detector("random:1", device="cpu", precision=precision)._model.modules()
         used[precision] = [type(module) for module in modules if isinstance(module, WinogradConv2d)]
-    assert used == {"fp32": [F4Conv2d] * 20, "bf16": [F2Conv2d] * 19}  # of 128 and 256 channels; of 256 and 512
+    # fp32: of 128 and 256 channels; bf16: of 256 and 512, where there is no unit for products
+    assert used == {"fp32": [F4Conv2d] * 20, "bf16": [] if unit else [F2Conv2d] * 19}
     model = nn.Sequential(convolution(256, 256))
     assert type(quicken(model, torch.float16)[0]) is nn.Conv2d  # type: ignore[index]
