@@ -21,6 +21,7 @@ from datetime import datetime
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 from ray.exceptions import RayError, RayTaskError
@@ -74,10 +75,11 @@ class ExecutionStats:
         if not rows.num_rows:
             return
         done, name = (rows[column][0].as_py() for column in ("detected_at", "detected_by"))
+        work = DetectorWork(rows.num_rows, pc.sum(rows["detect_seconds"]).as_py() or 0.0)
         if name in self.clocks:
-            self.clocks[name].count(rows.num_rows, done)
+            self.clocks[name].count(work, done)
         else:
-            self.clocks[name] = DetectorClock(done, done, rows.num_rows)
+            self.clocks[name] = DetectorClock(done, done, work)
 
     @property
     def images_per_second(self) -> float | None:
@@ -85,28 +87,49 @@ class ExecutionStats:
 
         One clock for all would count what was under way when it began, and who had nothing left before it ended.
         """
-        timed = [clock for clock in self.clocks.values() if clock.num_rows]
-        seconds = sum((clock.last - clock.first).total_seconds() for clock in timed)
+        timed, seconds = self._timed()
         if not seconds:
             return None
-        mean = sum(clock.num_rows for clock in timed) / seconds
+        mean = sum(clock.work.num_rows for clock in timed) / seconds
         return mean * min(self.num_detectors, len(timed))  # one that died and its successor are not two
+
+    @property
+    def busy(self) -> float | None:
+        """Share of the same time in which detectors held images. None where none gave two blocks."""
+        timed, seconds = self._timed()
+        return sum(clock.work.seconds for clock in timed) / seconds if seconds else None
+
+    def _timed(self) -> tuple[list[DetectorClock], float]:
+        """Detectors that gave several blocks, and their seconds from the first to the last, added up."""
+        timed = [clock for clock in self.clocks.values() if clock.work.num_rows]
+        return timed, sum((clock.last - clock.first).total_seconds() for clock in timed)
+
+
+@dataclass(frozen=True, slots=True)
+class DetectorWork:
+    """What blocks took one detector."""
+
+    num_rows: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: DetectorWork) -> DetectorWork:
+        return DetectorWork(self.num_rows + other.num_rows, self.seconds + other.seconds)
 
 
 @dataclass(slots=True)
 class DetectorClock:
-    """When one detector's first and last block were done, and the rows of all after the first."""
+    """When one detector's first and last block were done, and what all after the first took."""
 
     first: datetime
     last: datetime
-    first_rows: int
-    num_rows: int = 0
+    first_work: DetectorWork
+    work: DetectorWork = DetectorWork()
 
-    def count(self, num_rows: int, done: datetime) -> None:
+    def count(self, work: DetectorWork, done: datetime) -> None:
         """Another block, which may have been done before the others."""
         if done < self.first:
-            self.first, self.first_rows, num_rows = done, num_rows, self.first_rows
-        self.num_rows, self.last = self.num_rows + num_rows, max(self.last, done)
+            self.first, self.first_work, work = done, work, self.first_work
+        self.work, self.last = self.work + work, max(self.last, done)
 
 
 class Execution:

@@ -33,6 +33,7 @@ class RunSummary:
     duplicates_dropped: int = 0
     uris_refused: int = 0
     images_per_second: float | None = None  # steady state of this process, without its start
+    detectors_busy: float | None = None  # share of that time in which detectors held images
     wall_seconds: float = 0.0
     startup_seconds: float | None = None  # until the first commit
     retries: int = 0  # fetch attempts beyond the first
@@ -47,7 +48,7 @@ def summarise(
     output: str, record: Mapping[str, Any], counts: ShardCounts, stats: ExecutionStats, started: float
 ) -> RunSummary:
     """The summary of a run that is complete and audited."""
-    rate = stats.images_per_second
+    rate, busy = stats.images_per_second, stats.busy
     return RunSummary(
         state="complete",
         output=output,
@@ -63,6 +64,7 @@ def summarise(
         duplicates_dropped=record["duplicates_dropped"],
         uris_refused=record["uris_refused"],
         images_per_second=None if rate is None else round(rate, 3),
+        detectors_busy=None if busy is None else round(busy, 3),
         wall_seconds=round(time.monotonic() - started, 3),
         startup_seconds=None if stats.first_commit is None else round(stats.first_commit - started, 3),
         retries=counts.retries,

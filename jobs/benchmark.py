@@ -69,7 +69,10 @@ def _parser() -> argparse.ArgumentParser:
         "--null-detector", action="store_true", help="no model: what reading, loading, gathering and committing can do"
     )
     parser.add_argument(
-        "--seconds", type=float, default=20, help="of the detectors alone, whose speed drifts (default: %(default)s)"
+        "--seconds",
+        type=float,
+        default=20,
+        help="of the detectors alone, before the job and after it, as a machine drifts (default: %(default)s)",
     )
     parser.add_argument("--cap", type=int, default=16, help="images in a micro-batch at most, with --null-detector")
     parser.add_argument("--no-sizes", action="store_true", help="a manifest without width and height")

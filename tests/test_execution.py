@@ -14,11 +14,14 @@ from fcos_ray.outputs.schema import RESULT_SCHEMA
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def stats_of(blocks: Sequence[tuple[float, int, str]], num_detectors: int) -> ExecutionStats:
+def stats_of(
+    blocks: Sequence[tuple[float, int, str]], num_detectors: int, detect_seconds: float | None = None
+) -> ExecutionStats:
     """Blocks as (when they were done, images, by whom), in the order in which they come; when they come does not matter."""
     stats = ExecutionStats(num_detectors)
     for done, num_rows, name in blocks:
         row = {"shard": 0, "row": 0, "detected_at": START + timedelta(seconds=done), "detected_by": name}
+        row["detect_seconds"] = detect_seconds
         stats.count_block(pa.Table.from_pylist([row] * num_rows, RESULT_SCHEMA))
     return stats
 
@@ -48,3 +51,18 @@ def test_a_detector_that_died_and_its_successor_are_one() -> None:
 @pytest.mark.parametrize("blocks", [[], steady("a", 0, 1), [*steady("a", 0, 1), *steady("b", 1, 1)]])
 def test_a_block_each_tells_no_rate(blocks: list[tuple[float, int, str]]) -> None:
     assert stats_of(blocks, num_detectors=2).images_per_second is None
+
+
+def test_detectors_are_busy_for_what_their_images_took_after_the_first_block() -> None:
+    """Whose images are as slow as the first forward is, and would make more than all of the time."""
+    blocks = [*steady("a", 0, 9), *steady("b", 7, 5)]
+    assert stats_of(blocks, 2, detect_seconds=0.75).busy == pytest.approx(0.75)
+    stats = stats_of(blocks[1:9], 1, detect_seconds=0.75)
+    slow = {"shard": 0, "row": 0, "detected_at": START, "detected_by": "a", "detect_seconds": 100.0}
+    stats.count_block(pa.Table.from_pylist([slow], RESULT_SCHEMA))
+    assert stats.busy == pytest.approx(80 * 0.75 / 90)
+
+
+def test_rows_that_no_detector_held_take_none_of_its_time() -> None:
+    assert stats_of(steady("a", 0, 3), 1).busy == 0
+    assert stats_of([(1.0, 10, "a")], 1, detect_seconds=0.1).busy is None

@@ -52,7 +52,7 @@ class Measured:
     """What was measured on one set of images."""
 
     stages: StageSeconds
-    detectors_alone: float  # images per second of all of the layout's at once
+    detectors_alone: float  # as detectors_alone() has it
     model: ModelFigures | None  # of one detector; None without a model
 
 
@@ -74,7 +74,7 @@ def measure_stages(
 
     Loading is measured in a load task, the model in a detector: what the driver's machine can do does not count.
     """
-    images = _shrunk(_decode(_fetch(uris, load), load), load)
+    images = _images(uris, load)
     with _detectors(make_detector, layout) as actors:
         alone = _all_at_once(actors, images, seconds=seconds)
         forward, postprocess = ray.get(actors[0].parts.remote(list(images[:4])))
@@ -91,6 +91,18 @@ def measure_stages(
         **loading, transport=carried, forward=forward, postprocess=postprocess, gather=gather, commit=commit
     )
     return Measured(measured, alone, model)
+
+
+def detectors_alone(
+    uris: Sequence[str], load: LoadSettings, make_detector: MakeDetector, layout: Layout, *, seconds: float
+) -> float:
+    """Images per second of all the layout's detectors at once, each with the images in its own memory."""
+    with _detectors(make_detector, layout) as actors:
+        return _all_at_once(actors, _images(uris, load), seconds=seconds)
+
+
+def _images(uris: Sequence[str], load: LoadSettings) -> list[Image]:
+    return _shrunk(_decode(_fetch(uris, load), load), load)
 
 
 def _fetch(uris: Sequence[str], load: LoadSettings) -> list[bytes]:

@@ -14,18 +14,13 @@ from fcos_ray.load import LoadSettings
 class Capacity:
     """Images per second."""
 
-    detectors: float  # all of the layout's at once, alone
+    detectors: float  # all of the layout's at once, alone: mean of before and after the job
     job: float | None  # the whole job's steady state; None when there were too few blocks to tell
 
     @property
     def efficiency(self) -> float | None:
         """Pipeline efficiency: the whole job's steady state ÷ the detectors alone."""
         return None if self.job is None else self.job / self.detectors
-
-
-def busy_share(detect_seconds: float, job: float | None, layout: Layout) -> float | None:
-    """Share of the job's steady state in which detectors had images, of which each took `detect_seconds` in the job."""
-    return None if job is None else detect_seconds * job / layout.num_detectors
 
 
 def bottleneck(capacity: Capacity, stages: StageSeconds, load: LoadSettings, layout: Layout, precision: str) -> str:
@@ -52,7 +47,7 @@ def _on_cpus(each: float, wanted: float, stages: StageSeconds, load: LoadSetting
     share = wanted / (1 + wanted)  # of a core that detects and loads in turns
     if share > 0.5:
         return f"{_worst(stages)}: loading takes {share:.0%} of the cores' time. More cores{_remedy(stages, load)}."
-    faster = ", --precision bf16 where they do it natively," if precision == "fp32" else ""
+    faster = ", --precision bf16 where they do it natively," if precision != "bf16" else ""
     return (
         f"detect: {each:,.2f} images/s of each detector alone; loading takes {share:.1%} of the cores' time. "
         f"More cores{faster} or GPUs."

@@ -15,8 +15,8 @@ from fcos_ray import storage
 from fcos_ray.benchmark.fidelity import fast_decode_cost
 from fcos_ray.benchmark.null import NullDetector, mean_fill
 from fcos_ray.benchmark.photographs import MANIFEST, parse_size, write_photographs
-from fcos_ray.benchmark.stages import measure_stages
-from fcos_ray.benchmark.verdict import Capacity, bottleneck, busy_share
+from fcos_ray.benchmark.stages import detectors_alone, measure_stages
+from fcos_ray.benchmark.verdict import Capacity, bottleneck
 from fcos_ray.errors import ConfigError
 from fcos_ray.inputs.manifests import find_sources
 from fcos_ray.job import fcos_maker
@@ -79,11 +79,13 @@ def measure(folder: str, asked: Asked) -> dict[str, Any]:
             output=storage.join(place, "stages"),
         )
         summary = fr.run(config, make_detector=null)
+        # a machine drifts: before the job and after it are held against what was between
+        alone = [measured.detectors_alone]
+        if null is None:
+            alone.append(detectors_alone(some, load, make, layout, seconds=asked.seconds))
         cost = fast_decode_cost(load) if load.fast_decode and null is None else None
     stages = measured.stages
-    capacity = Capacity(
-        measured.detectors_alone, _steady(summary) if asked.null_detector else summary.images_per_second
-    )
+    capacity = Capacity(sum(alone) / len(alone), _steady(summary) if asked.null_detector else summary.images_per_second)
     return {
         "asked": asdict(asked),
         "machine": _machine(cluster),
@@ -96,9 +98,8 @@ def measure(folder: str, asked: Asked) -> dict[str, Any]:
             "whole job, steady": capacity.job,
             "whole job, with start": summary.rows / summary.wall_seconds,
         },
-        "busy": None
-        if asked.null_detector
-        else busy_share(summary.seconds["detect"] / summary.rows, capacity.job, layout),
+        "detectors alone, before and after": alone,
+        "busy": None if asked.null_detector else summary.detectors_busy,
         "efficiency": None if asked.null_detector else capacity.efficiency,
         "fill": _fill(config, asked.cap) if asked.null_detector else None,
         "fast_decode": None if cost is None else asdict(cost),

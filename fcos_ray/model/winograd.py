@@ -112,7 +112,7 @@ class WinogradConv2d(nn.Module, ABC):
 
     @classmethod
     def suits(cls, conv: nn.Conv2d) -> bool:
-        """Can it replace this convolution, and is it faster?"""
+        """Can it replace this convolution, and has it channels for which the algorithm can pay?"""
         shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
         same = shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
         algorithm = cls.algorithm

@@ -20,7 +20,7 @@ from fcos_ray.benchmark.fidelity import mean_ap_both_ways
 from fcos_ray.benchmark.null import NullDetector, mean_fill
 from fcos_ray.benchmark.photographs import draw_jpeg, parse_size, write_photographs
 from fcos_ray.benchmark.stages import StageSeconds
-from fcos_ray.benchmark.verdict import Capacity, bottleneck, busy_share
+from fcos_ray.benchmark.verdict import Capacity, bottleneck
 from fcos_ray.errors import ConfigError
 from fcos_ray.inputs.fetch import FetchPolicy
 from fcos_ray.layout import Layout
@@ -122,12 +122,10 @@ def test_bf16_is_advised_to_those_who_do_not_use_it() -> None:
     stages = StageSeconds(0.0, 0.01, 0.005, 0.01, 0.0, 0.1, 0.0, 0.0, 0.0)
     advice = {
         precision: bottleneck(Capacity(2.0, None), stages, LOAD, CPUS, precision).partition("time. ")[2]
-        for precision in ("fp32", "bf16")
+        for precision in ("fp32", "fp16", "bf16")
     }
-    assert advice == {
-        "fp32": "More cores, --precision bf16 where they do it natively, or GPUs.",
-        "bf16": "More cores or GPUs.",
-    }
+    advised = "More cores, --precision bf16 where they do it natively, or GPUs."
+    assert advice == {"fp32": advised, "fp16": advised, "bf16": "More cores or GPUs."}
 
 
 def test_fast_decoding_is_held_against_the_truth_of_drawings() -> None:
@@ -135,11 +133,6 @@ def test_fast_decoding_is_held_against_the_truth_of_drawings() -> None:
     assert exact != fast, "decoded in two ways"
     assert 0.75 < fast < 1
     assert 0.75 < exact < 1
-
-
-def test_a_detector_is_busy_for_what_it_computes() -> None:
-    assert busy_share(1.0, 1.5, GPUS) == pytest.approx(0.75), "two detectors at an image a second each"
-    assert busy_share(1.0, None, GPUS) is None
 
 
 def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -157,6 +150,9 @@ def test_the_job_measures_every_stage_and_the_whole() -> None:
     assert found["stages"]["load"] > found["stages"]["decode"]
     rates = found["images_per_second"]
     assert found["efficiency"] == pytest.approx(rates["whole job, steady"] / rates["detectors alone"])
+    before, after = found["detectors alone, before and after"]
+    assert rates["detectors alone"] == pytest.approx((before + after) / 2)
+    assert min(before, after) > 0
     assert 0 < found["busy"] <= 1.01, "detectors hold images for so much of the time, whatever they do besides"
     assert (found["model"]["padded_height"], found["model"]["padded_width"]) == (320, 448)
     assert list(found["model"]["images_per_second"]) == ["1"], "a CPU's largest micro-batch"

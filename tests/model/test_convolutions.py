@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 from torchvision.models.resnet import Bottleneck
 
-from fcos_ray.model import checks
+from fcos_ray.model import checks, convolutions
 from fcos_ray.model.architectures import build_model, fold_batchnorm
 from fcos_ray.model.convolutions import quicken
 from fcos_ray.model.detector import Detector
@@ -134,17 +134,18 @@ def test_a_quickened_model_gives_the_same_outputs_on_one_thread_and_two(architec
 
 
 @needs_bf16
-@pytest.mark.parametrize("unit", [{}, {"amx_bf16": True}], ids=["winograd", "direct"])
+@pytest.mark.parametrize("amx", [False, True], ids=["winograd", "direct"])
 @torch.inference_mode()
 def test_a_quickened_model_in_bf16_is_nearly_as_near_to_fp32_as_torchs(
-    unit: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+    amx: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: unit)
+    monkeypatch.setattr(convolutions, "_has_amx", lambda: amx)
     weights = load_weights("random:1")
     limits: Any = {"score_threshold": 0.2, "nms_threshold": 0.6, "max_detections": 100, "topk_candidates": 1000}
     models = [fold_batchnorm(build_model(weights, **weights.input_settings(), **limits)) for _ in range(3)]
     exact, plain = models[0], models[1].bfloat16()
     quick = quicken(models[2], torch.bfloat16).to(torch.bfloat16, memory_format=torch.channels_last)
+    assert any(isinstance(module, WinogradConv2d) for module in quick.modules()) != amx
     x = torch.randn(1, 3, 160, 224).to(memory_format=torch.channels_last)
     outputs = [
         list(model.backbone(x.to(dtype)).values())
@@ -188,15 +189,32 @@ def test_poolings_of_values_of_any_sign_stay() -> None:
     assert list(quicken(nn.Sequential(convolution(3, 8), pooling)).children())[-1] is pooling
 
 
-@pytest.mark.parametrize("unit", [{}, {"amx_bf16": True}], ids=["vectors", "AMX"])
-def test_each_precision_has_its_algorithm(unit: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("amx", [False, True])
+def test_each_precision_has_its_algorithm(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "_is_native", lambda *_: True)  # any CPU can hold a model in bf16
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: unit)
+    monkeypatch.setattr(convolutions, "_has_amx", lambda: amx)
     used = {}
     for precision in ("fp32", "bf16"):
         modules = Detector("random:1", device="cpu", precision=precision)._model.modules()
         used[precision] = [type(module) for module in modules if isinstance(module, WinogradConv2d)]
-    # fp32: of 128 and 256 channels; bf16: of 256 and 512, where there is no unit for products
-    assert used == {"fp32": [F4Conv2d] * 20, "bf16": [] if unit else [F2Conv2d] * 19}
+    # fp32: of 128 and 256 channels; bf16: of 256 and 512, without AMX
+    assert used == {"fp32": [F4Conv2d] * 20, "bf16": [] if amx else [F2Conv2d] * 19}
     model = nn.Sequential(convolution(256, 256))
     assert type(quicken(model, torch.float16)[0]) is nn.Conv2d  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "allowed", "has"),
+    [
+        ({"amx_bf16": True}, True, True),
+        ({"amx_bf16": True}, False, False),  # an older kernel, or a sandbox
+        ({"amx_bf16": False, "avx512_bf16": True}, True, False),
+        ({"bf16": True}, True, False),  # ARM
+    ],
+)
+def test_amx_is_used_where_cpu_and_kernel_have_it(
+    capabilities: dict[str, bool], allowed: bool, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: allowed)
+    assert convolutions._has_amx() is has
