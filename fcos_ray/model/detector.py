@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.transform import resize_boxes
 
 from fcos_ray.errors import ConfigError, DetectError
 from fcos_ray.model.architectures import build_model, fold_batchnorm
@@ -281,8 +280,9 @@ class Detector:
 
 
 def _as_seen(found: Found, image: _Input) -> Detections:
-    """Fetch from the device, boxes in pixels of the image as seen."""
-    boxes = resize_boxes(found.boxes.cpu(), image.resized, image.seen).numpy()
+    """Boxes in pixels of the image as seen."""
     height, width = image.seen
-    np.minimum(boxes, np.array([width, height, width, height], dtype=np.float32), out=boxes)  # float32 rounds past it
-    return Detections(boxes=boxes, labels=found.labels.cpu().numpy(), scores=found.scores.cpu().numpy())
+    scale_y, scale_x = np.array(image.seen, np.float32) / np.array(image.resized, np.float32)  # as resize_boxes has it
+    boxes = found.boxes * np.array([scale_x, scale_y, scale_x, scale_y])
+    np.minimum(boxes, np.array([width, height, width, height], np.float32), out=boxes)  # float32 rounds past it
+    return Detections(boxes=boxes, labels=found.labels, scores=found.scores)

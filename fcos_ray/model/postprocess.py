@@ -7,18 +7,26 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
+import torchvision.ops  # noqa: F401 - registers torch.ops.torchvision
+from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.ops import nms
+
+Floats = NDArray[np.float32]
+Places = NDArray[np.int64]
 
 # Numbers side by side whose best is looked for at once: torch takes 0.10 ms hot for 1.6 million, 0.24 when their count is
 # no multiple of 16, as four anchors of 91 classes have it
 _GROUP: Final = 256
+# Boxes whose classes torchvision's batched_nms tells apart by shifting them, on a CPU
+_SHIFTED: Final = 1000
 # Boxes of all classes in one call of NMS at most: 800 take 0.5 ms, 91 calls 2.3; 1,600 that all stay 3.4 and 2.5
 _IN_ONE_CALL: Final = 1200
+# What torchvision.ops.nms calls after it told torch's usage log, which takes 0.03 of the 0.85 ms of few detections
+_nms: Final = torch.ops.torchvision.nms
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +42,11 @@ class HeadOutputs:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One image's detections, on the device, scores descending."""
+    """One image's detections, in the host's memory, scores descending."""
 
-    boxes: Tensor  # (n, 4) xyxy, pixels of the resized image
-    labels: Tensor  # (n,) int64
-    scores: Tensor  # (n,)
+    boxes: Floats  # (n, 4) xyxy, pixels of the resized image
+    labels: Places  # (n,)
+    scores: Floats  # (n,)
 
 
 def postprocess(
@@ -54,42 +62,46 @@ def postprocess(
 
     `image_shapes`: (height, width) of each resized image within the padded micro-batch.
     torchvision scores every (anchor, class), 2 million at 800×1333. Here the few that can pass are picked by their logit
-    first, and only they are scored. One image after the other, as NMS goes anyway; on a CPU a micro-batch is one by default.
+    first, and only they are fetched from the device and scored: by numpy, whose small calls take half of torch's. One image
+    after the other, as NMS goes anyway; on a CPU a micro-batch is one by default.
     """
     found = []
-    by_image = zip(outputs.cls_logits, outputs.bbox_regression, outputs.bbox_ctrness, image_shapes, strict=True)
+    heads = (outputs.cls_logits, outputs.bbox_regression, outputs.bbox_ctrness)
+    by_image = zip(*(part.unbind() for part in heads), image_shapes, strict=True)
     for logits, regression, ctrness, (height, width) in by_image:
-        place, score = _passing(logits, ctrness, outputs.num_anchors_per_level, score_threshold)
-        if len(place) > topk_candidates or len(set(score.tolist())) < len(place):
-            best = _best_of_levels(place // logits.shape[1], score, outputs.num_anchors_per_level, topk_candidates)
-            place, score = place[best], score[best]
-        anchor, label = place // logits.shape[1], place % logits.shape[1]
-        boxes = _decoded(regression[anchor], outputs.anchors[anchor])
-        boxes[:, 0::2].clamp_(0, width)
-        boxes[:, 1::2].clamp_(0, height)
+        num_classes = logits.shape[1]
+        place, score = _best(logits, ctrness, outputs.num_anchors_per_level, score_threshold, topk_candidates)
+        anchor, label = place // num_classes, place % num_classes
+        boxes = _decoded(_at(regression, anchor), _at(outputs.anchors, anchor))
+        np.maximum(boxes, 0, out=boxes)
+        np.minimum(boxes, np.array([width, height, width, height], np.float32), out=boxes)
         kept = first_of_nms(boxes, score, label, nms_threshold, max_detections)
         found.append(Found(boxes[kept], label[kept], score[kept]))
     return found
 
 
-def _passing(
-    cls_logits: Tensor, ctrness: Tensor, num_anchors_per_level: Sequence[int], score_threshold: float
-) -> tuple[Tensor, Tensor]:
-    """What scores above the threshold: places in the flat (A, K) logits, ascending, and scores. `ctrness`: (A, 1)."""
-    logits, num_classes = cls_logits.flatten(), cls_logits.shape[1]
-    place = _candidates(logits, logit_below(score_threshold))
-    if 7 * len(place) > len(logits):  # to score all where they are takes less then: 3 ns each, not 20
-        levels = zip(*(torch.split(part, list(num_anchors_per_level)) for part in (cls_logits, ctrness)), strict=True)
-        score = torch.cat([torch.sqrt(torch.sigmoid(cls) * torch.sigmoid(ctr)).flatten() for cls, ctr in levels])
-        place = _above(score, score_threshold)
-        return place, score[place]
-    # What is beyond a multiple of 32 torch's sigmoid computes by another loop, some off by a bit: in torchvision's scores
-    # that is the end of each level, here it would be all where fewer than 32 pass
-    n = len(place)
-    both = torch.cat([logits[place], ctrness.flatten()[place // num_classes], logits.new_zeros(-2 * n % 32)]).sigmoid()
-    score = torch.sqrt(both[:n] * both[n : 2 * n])
+def _best(
+    cls_logits: Tensor,
+    ctrness: Tensor,
+    num_anchors_per_level: Sequence[int],
+    score_threshold: float,
+    topk_candidates: int,
+) -> tuple[Places, Floats]:
+    """The best of each level that score above the threshold: places in the flat (A, K) logits, and scores.
+
+    cls_logits: (A, K), ctrness: (A, 1).
+    """
+    place, logit = _candidates(cls_logits.flatten(), logit_below(score_threshold))
+    if 7 * len(place) > cls_logits.numel():  # to score all where they are takes less then: 3 ns each, not 20
+        return _best_of_all(cls_logits, ctrness, num_anchors_per_level, score_threshold, topk_candidates)
+    anchor = place // cls_logits.shape[1]
+    score = _scores(logit, _at(ctrness.flatten(), anchor))
     passed = _above(score, score_threshold)
-    return place[passed], score[passed]
+    place, anchor, score = place[passed], anchor[passed], score[passed]
+    if len(place) <= topk_candidates and len(set(score.tolist())) == len(place):
+        return place, score  # NMS orders all the same, by score
+    best = _best_of_levels(anchor, score, num_anchors_per_level, topk_candidates)
+    return place[best], score[best]
 
 
 @functools.cache
@@ -103,64 +115,127 @@ def logit_below(score_threshold: float) -> float:
     return math.log(probability / (1 - probability)) if probability > 1e-30 else -math.inf
 
 
-def _candidates(logits: Tensor, least: float) -> Tensor:
-    """Places above `least`, ascending: torchvision's order within each level.
+def _candidates(logits: Tensor, least: float) -> tuple[Places, Floats]:
+    """Places above `least`, ascending, which is torchvision's order within each level, and what is there.
 
     Groups first, then every number of the groups whose best is above, or of all where those are many. To read 1.6 million
     numbers out of memory takes 0.2 ms of one core, to compare them all and list what passes another 0.3.
     """
     whole = len(logits) // _GROUP * _GROUP
     groups = logits[:whole].view(-1, _GROUP)
-    open_groups = (~(groups.amax(1) <= least)).nonzero()[:, 0]  # a NaN says nothing of its group
+    open_groups = (~(_fetched(groups.amax(1)) <= least)).nonzero()[0]  # a NaN says nothing of its group
     if 8 * len(open_groups) > len(groups):
-        return _above(logits, least)
-    nth, within = (groups.index_select(0, open_groups) > least).nonzero().unbind(1)
-    place, rest = open_groups[nth] * _GROUP + within, _above(logits[whole:], least)
-    return torch.cat([place, whole + rest]) if len(rest) else place
+        every = _fetched(logits)
+        place = _above(every, least)
+        return place, every[place]
+    numbers, end = _at(groups, open_groups).ravel(), _fetched(logits[whole:])
+    inside, rest = _above(numbers, least), _above(end, least)
+    place, logit = open_groups[inside // _GROUP] * _GROUP + inside % _GROUP, numbers[inside]
+    return (np.append(place, whole + rest), np.append(logit, end[rest])) if len(rest) else (place, logit)
 
 
-def _above(values: Tensor, least: float) -> Tensor:
-    """Places of the values above `least`, ascending. On a CPU numpy's where there are many: 0.2 ns each, torch's 1.5."""
-    if values.is_cpu and len(values) > 5000:
-        return torch.from_numpy(np.flatnonzero(values.numpy() > float(least)))  # numpy's floats would not be rounded
-    return (values > least).nonzero()[:, 0]
+def _scores(logit: Floats, ctrness: Floats) -> Floats:
+    """√(σ(logit)·σ(ctrness)), by torch as torchvision's."""
+    # What is beyond a multiple of 32 torch's sigmoid computes by another loop, some off by a bit: in torchvision's scores
+    # that is the end of each level, here it would be all where fewer than 32 pass
+    n = len(logit)
+    both = np.zeros(2 * n + -2 * n % 32, np.float32)
+    both[:n], both[n : 2 * n] = logit, ctrness
+    sure = torch.from_numpy(both).sigmoid_()
+    score: Floats = torch.sqrt(sure[:n] * sure[n : 2 * n]).numpy()
+    return score
 
 
-def _decoded(distances: Tensor, anchors: Tensor) -> Tensor:
-    """(n, 4) xyxy, as torchvision's BoxLinearCoder gives them, in fewer calls.
-
-    `distances`: (n, 4), from the anchor's middle to the box's sides, in sides of the anchor.
-    """
-    sides = anchors[:, 2:] - anchors[:, :2]
-    middle = 0.5 * (anchors[:, :2] + anchors[:, 2:])
-    return torch.cat([middle - distances[:, :2] * sides, middle + distances[:, 2:] * sides], 1)
+def _best_of_all(
+    cls_logits: Tensor,
+    ctrness: Tensor,
+    num_anchors_per_level: Sequence[int],
+    score_threshold: float,
+    topk_candidates: int,
+) -> tuple[Places, Floats]:
+    """`_best` as torchvision finds them: every score, on the device."""
+    places, scores, start = [], [], 0
+    levels = zip(*(torch.split(part, list(num_anchors_per_level)) for part in (cls_logits, ctrness)), strict=True)
+    for cls, ctr in levels:
+        score = torch.sqrt(torch.sigmoid(cls) * torch.sigmoid(ctr)).flatten()
+        if score.is_cpu:
+            passed = torch.from_numpy(_above(score.numpy(), score_threshold))
+        else:
+            passed = (score > score_threshold).nonzero()[:, 0]
+        best = score[passed].topk(min(topk_candidates, len(passed)))
+        places.append(start + passed[best.indices])
+        scores.append(best.values)
+        start += len(score)
+    return _fetched(torch.cat(places)), _fetched(torch.cat(scores))
 
 
 def _best_of_levels(
-    anchor: Tensor, score: Tensor, num_anchors_per_level: Sequence[int], topk_candidates: int
-) -> Tensor:
+    anchor: Places, score: Floats, num_anchors_per_level: Sequence[int], topk_candidates: int
+) -> Places:
     """Places of the best of each level, level by level, best first. Anchors ascend.
 
     topk also where nothing is cut: it decides the order of equal scores, and so which of them NMS keeps.
     """
-    level_ends = torch.tensor(list(accumulate(num_anchors_per_level)), device=anchor.device)
-    ends = torch.searchsorted(anchor, level_ends).tolist()
-    return torch.cat([s + score[s:e].topk(min(topk_candidates, e - s)).indices for s, e in pairwise([0, *ends])])
+    ends = np.searchsorted(anchor, list(accumulate(num_anchors_per_level))).tolist()
+    levels = ((s, torch.from_numpy(score[s:e])) for s, e in pairwise([0, *ends]))
+    return np.concatenate(
+        [s + of_level.topk(min(topk_candidates, len(of_level))).indices.numpy() for s, of_level in levels]
+    )
 
 
-def first_of_nms(boxes: Tensor, scores: Tensor, labels: Tensor, nms_threshold: float, max_detections: int) -> Tensor:
-    """Places of the first `max_detections` that torchvision's batched_nms keeps, scores descending.
+def _above(values: Floats, least: float) -> Places:
+    """Places of the values above `least`, ascending: 0.2 ns each, torch's nonzero takes 1.5."""
+    return (values > float(least)).nonzero()[0]  # numpy's floats would not be rounded
 
-    boxes: (n, 4) xyxy from 0, scores, labels: (n,).
+
+def _at(values: Tensor, places: Places) -> NDArray[Any]:
+    """Rows of a tensor of the device."""
+    if values.is_cpu:
+        return values.numpy()[places]
+    return _fetched(values[torch.from_numpy(places).to(values.device)])
+
+
+def _fetched(values: Tensor) -> NDArray[Any]:
+    fetched: NDArray[Any] = values.cpu().numpy()
+    return fetched
+
+
+def _decoded(distances: Floats, anchors: Floats) -> Floats:
+    """(n, 4) xyxy, as torchvision's BoxLinearCoder gives them.
+
+    `distances`: (n, 4), from the anchor's middle to the box's sides, in sides of the anchor.
+    """
+    sides = anchors[:, 2:] - anchors[:, :2]
+    middle = np.float32(0.5) * (anchors[:, :2] + anchors[:, 2:])
+    boxes = np.empty_like(anchors)
+    np.subtract(middle, distances[:, :2] * sides, out=boxes[:, :2])
+    np.add(middle, distances[:, 2:] * sides, out=boxes[:, 2:])
+    return boxes
+
+
+def first_of_nms(boxes: Floats, scores: Floats, labels: Places, nms_threshold: float, max_detections: int) -> Places:
+    """Places of the first `max_detections` that torchvision's batched_nms keeps on a CPU, scores descending.
+
+    boxes: (n, 4) xyxy from 0, scores, labels: (n,). On cuda it shifts up to 25,000 boxes, whose overlaps it rounds then.
+    """
+    if not len(boxes):
+        return np.empty(0, np.int64)
+    if len(boxes) <= _SHIFTED:
+        # torchvision tells classes apart by shifting boxes then, which rounds them: so what counts are all boxes
+        shifted = boxes + (labels.astype(boxes.dtype) * (boxes.max() + np.float32(1)))[:, None]
+        kept = _nms(torch.from_numpy(shifted), torch.from_numpy(scores), nms_threshold)[:max_detections]
+    else:
+        tensors = [torch.from_numpy(values) for values in (boxes, scores, labels)]
+        kept = _first_of_many(tensors[0], tensors[1], tensors[2], nms_threshold, max_detections)
+    return cast("Places", kept.numpy())
+
+
+def _first_of_many(boxes: Tensor, scores: Tensor, labels: Tensor, nms_threshold: float, max_detections: int) -> Tensor:
+    """`first_of_nms` where each class's boxes are compared where they are.
+
     Only a kept box that scores higher suppresses a box. So the best few hundred are looked at first, then twice as many
     beside those that stayed, then, if it must be, all others beside those.
     """
-    if not len(boxes):
-        return torch.empty(0, dtype=torch.int64, device=boxes.device)
-    if boxes.numel() <= (4000 if boxes.is_cpu else 100_000):
-        # torchvision tells classes apart by shifting boxes then, which rounds them: so what counts are all boxes
-        shifts = labels.to(boxes.dtype) * (boxes.max() + 1)
-        return cast("Tensor", nms(boxes + shifts[:, None], scores, nms_threshold)[:max_detections])
     rest = scores.sort(descending=True, stable=True).indices  # as nms sorts
     kept = rest[:0]
     size = few = 4 * max(max_detections, 100)
@@ -187,7 +262,7 @@ def _nms_of_each_class(boxes: Tensor, scores: Tensor, labels: Tensor, nms_thresh
     by_label = labels.sort(stable=True).indices
     sizes = torch.unique_consecutive(labels[by_label], return_counts=True)[1].tolist()
     parts = (torch.split(part, sizes) for part in (by_label, boxes[by_label], scores[by_label]))
-    return torch.cat([places[nms(b, s, nms_threshold)] for places, b, s in zip(*parts, strict=True)]).sort().values
+    return torch.cat([places[_nms(b, s, nms_threshold)] for places, b, s in zip(*parts, strict=True)]).sort().values
 
 
 def _nms_in_float64(boxes: Tensor, scores: Tensor, labels: Tensor, nms_threshold: float) -> Tensor | None:
@@ -203,5 +278,5 @@ def _nms_in_float64(boxes: Tensor, scores: Tensor, labels: Tensor, nms_threshold
     if not bool(((sides == 0) | (sides >= 1e-2)).all() & (shifts < 2**24).all()):  # nor with NaN
         return None
     shifted = boxes.double() + shifts[:, None]
-    low, high = (nms(shifted, scores.double(), nms_threshold + d) for d in (-1e-5, 1e-5))
+    low, high = (_nms(shifted, scores.double(), nms_threshold + d) for d in (-1e-5, 1e-5))
     return cast("Tensor", low) if torch.equal(low, high) else None

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -111,9 +112,9 @@ def main(arguments: list[str] | None = None) -> None:
             for values in (outputs.cls_logits, outputs.bbox_regression, outputs.bbox_ctrness):
                 values.copy_(values.bfloat16())
         ours, theirs = postprocess(outputs, SHAPES, **limits)[0], torchvisions(outputs, limits)
-        assert torch.equal(ours.labels, theirs["labels"])
-        assert torch.equal(ours.boxes, theirs["boxes"])
-        torch.testing.assert_close(ours.scores, theirs["scores"], rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(ours.labels, theirs["labels"])
+        np.testing.assert_array_equal(ours.boxes, theirs["boxes"])
+        np.testing.assert_allclose(ours.scores, theirs["scores"], rtol=0, atol=1e-6)
         calls = {
             "ours": lambda o=outputs, k=limits: postprocess(o, SHAPES, **k),
             "torchvision": lambda o=outputs, k=limits: torchvisions(o, k),
