@@ -7,7 +7,7 @@ ROUNDS ?= 20
 SEED ?= 1
 IMAGES ?= 2000
 FOLDER ?= /tmp/fcos_ray-history
-SLOW := s3 or ray or chaos
+SLOW := s3 or ray or chaos or gpu
 
 .PHONY: help install demo test test-fast lint chaos bench readme clean
 
@@ -24,12 +24,12 @@ $(INSTALLED): pyproject.toml
 demo: install  ## the whole way on 120 drawn images, offline; leaves out/demo/
 	$(BIN)/python jobs/demo.py
 
-test: test-fast  ## every test that this machine can run: pure, S3 server, Ray, kills
+test: test-fast  ## every test that this machine can run: pure, then S3 server, Ray, kills
 	$(BIN)/python -m pytest -m "$(SLOW)"
 
 # A file's tests stay in one process, and torch has one thread in each: 12.0 -> 6.6 minutes on 2 cores
-test-fast: install  ## the pure tests, a process for each CPU: some minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ($(SLOW))" -n logical --maxprocesses 8 --dist loadfile
+test-fast: install  ## the pure tests, in as many processes as CPUs, eight at most: some minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ($(SLOW))" -n auto --maxprocesses 8 --dist loadfile
 
 chaos: install  ## kills, stops, a failing store, an outage of two minutes: an hour or more. ROUNDS=20 SEED=1 IMAGES=2000
 	$(BIN)/python -m tests.chaos.harness --rounds $(ROUNDS) --seed $(SEED)

@@ -1,4 +1,4 @@
-"""Head outputs -> detections, as FCOS.postprocess_detections gives them. Knows tensors, not images or weights."""
+"""Head outputs -> detections, as FCOS.postprocess_detections gives them. Knows tensors and arrays, not images or weights."""
 
 from __future__ import annotations
 
@@ -7,26 +7,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 import torch
-import torchvision.ops  # noqa: F401 - registers torch.ops.torchvision
 from numpy.typing import NDArray
 from torch import Tensor
 
-Floats = NDArray[np.float32]
-Places = NDArray[np.int64]
+from fcos_ray.model.nms import SHIFTED, Floats, Ints, first_of_nms
 
 # Numbers side by side whose best is looked for at once: torch takes 0.10 ms hot for 1.6 million, 0.24 when their count is
 # no multiple of 16, as four anchors of 91 classes have it
 _GROUP: Final = 256
-# Boxes whose classes torchvision's batched_nms tells apart by shifting them, on a CPU
-_SHIFTED: Final = 1000
-# Boxes of all classes in one call of NMS at most: 800 take 0.5 ms, 91 calls 2.3; 1,600 that all stay 3.4 and 2.5
-_IN_ONE_CALL: Final = 1200
-# What torchvision.ops.nms calls after it told torch's usage log, which takes 0.03 of the 0.85 ms of few detections
-_nms: Final = torch.ops.torchvision.nms
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +37,7 @@ class Found:
     """One image's detections, in the host's memory, scores descending."""
 
     boxes: Floats  # (n, 4) xyxy, pixels of the resized image
-    labels: Places  # (n,)
+    labels: Ints  # (n,)
     scores: Floats  # (n,)
 
 
@@ -62,20 +54,21 @@ def postprocess(
 
     `image_shapes`: (height, width) of each resized image within the padded micro-batch.
     torchvision scores every (anchor, class), 2 million at 800×1333. Here the few that can pass are picked by their logit
-    first, and only they are fetched from the device and scored: by numpy, whose small calls take half of torch's. One image
-    after the other, as NMS goes anyway; on a CPU a micro-batch is one by default.
+    first, and only they are scored: by numpy in the host's memory, whose small calls take half of torch's. One image after
+    the other, as NMS goes anyway; on a CPU a micro-batch is one by default. Outputs of a GPU are scored by the host's
+    arithmetic, which may differ from the GPU's in the last bit.
     """
     found = []
     heads = (outputs.cls_logits, outputs.bbox_regression, outputs.bbox_ctrness)
     by_image = zip(*(part.unbind() for part in heads), image_shapes, strict=True)
     for logits, regression, ctrness, (height, width) in by_image:
-        num_classes = logits.shape[1]
+        num_classes, shifted = logits.shape[1], SHIFTED[logits.device.type]
         place, score = _best(logits, ctrness, outputs.num_anchors_per_level, score_threshold, topk_candidates)
         anchor, label = place // num_classes, place % num_classes
-        boxes = _decoded(_at(regression, anchor), _at(outputs.anchors, anchor))
+        boxes = _decoded(_fetched_at(regression, anchor), _fetched_at(outputs.anchors, anchor))
         np.maximum(boxes, 0, out=boxes)
         np.minimum(boxes, np.array([width, height, width, height], np.float32), out=boxes)
-        kept = first_of_nms(boxes, score, label, nms_threshold, max_detections)
+        kept = first_of_nms(boxes, score, label, nms_threshold, max_detections, shifted=shifted)
         found.append(Found(boxes[kept], label[kept], score[kept]))
     return found
 
@@ -86,16 +79,17 @@ def _best(
     num_anchors_per_level: Sequence[int],
     score_threshold: float,
     topk_candidates: int,
-) -> tuple[Places, Floats]:
+) -> tuple[Ints, Floats]:
     """The best of each level that score above the threshold: places in the flat (A, K) logits, and scores.
 
     cls_logits: (A, K), ctrness: (A, 1).
     """
-    place, logit = _candidates(cls_logits.flatten(), logit_below(score_threshold))
-    if 7 * len(place) > cls_logits.numel():  # to score all where they are takes less then: 3 ns each, not 20
+    candidates = _candidates(cls_logits.flatten(), logit_below(score_threshold))
+    if candidates is None:
         return _best_of_all(cls_logits, ctrness, num_anchors_per_level, score_threshold, topk_candidates)
+    place, logit = candidates
     anchor = place // cls_logits.shape[1]
-    score = _scores(logit, _at(ctrness.flatten(), anchor))
+    score = _scores(logit, _fetched_at(ctrness.flatten(), anchor))
     passed = _above(score, score_threshold)
     place, anchor, score = place[passed], anchor[passed], score[passed]
     if len(place) <= topk_candidates and len(set(score.tolist())) == len(place):
@@ -115,20 +109,23 @@ def logit_below(score_threshold: float) -> float:
     return math.log(probability / (1 - probability)) if probability > 1e-30 else -math.inf
 
 
-def _candidates(logits: Tensor, least: float) -> tuple[Places, Floats]:
-    """Places above `least`, ascending, which is torchvision's order within each level, and what is there.
+def _candidates(logits: Tensor, least: float) -> tuple[Ints, Floats] | None:
+    """Places above `least`, ascending, which is torchvision's order within each level, and the logits there.
 
+    None where a third of them and more are above: to score all where they are takes less then (a core of Zen 3).
     Groups first, then every number of the groups whose best is above, or of all where those are many. To read 1.6 million
     numbers out of memory takes 0.2 ms of one core, to compare them all and list what passes another 0.3.
     """
+    if least == -math.inf:
+        return None
     whole = len(logits) // _GROUP * _GROUP
     groups = logits[:whole].view(-1, _GROUP)
     open_groups = (~(_fetched(groups.amax(1)) <= least)).nonzero()[0]  # a NaN says nothing of its group
     if 8 * len(open_groups) > len(groups):
         every = _fetched(logits)
         place = _above(every, least)
-        return place, every[place]
-    numbers, end = _at(groups, open_groups).ravel(), _fetched(logits[whole:])
+        return (place, every[place]) if 3 * len(place) <= len(every) else None
+    numbers, end = _fetched_at(groups, open_groups).ravel(), _fetched(logits[whole:])
     inside, rest = _above(numbers, least), _above(end, least)
     place, logit = open_groups[inside // _GROUP] * _GROUP + inside % _GROUP, numbers[inside]
     return (np.append(place, whole + rest), np.append(logit, end[rest])) if len(rest) else (place, logit)
@@ -141,8 +138,9 @@ def _scores(logit: Floats, ctrness: Floats) -> Floats:
     n = len(logit)
     both = np.zeros(2 * n + -2 * n % 32, np.float32)
     both[:n], both[n : 2 * n] = logit, ctrness
-    sure = torch.from_numpy(both).sigmoid_()
-    score: Floats = torch.sqrt(sure[:n] * sure[n : 2 * n]).numpy()
+    torch.from_numpy(both).sigmoid_()
+    score = both[:n] * both[n : 2 * n]
+    torch.from_numpy(score).sqrt_()
     return score
 
 
@@ -152,7 +150,7 @@ def _best_of_all(
     num_anchors_per_level: Sequence[int],
     score_threshold: float,
     topk_candidates: int,
-) -> tuple[Places, Floats]:
+) -> tuple[Ints, Floats]:
     """`_best` as torchvision finds them: every score, on the device."""
     places, scores, start = [], [], 0
     levels = zip(*(torch.split(part, list(num_anchors_per_level)) for part in (cls_logits, ctrness)), strict=True)
@@ -169,9 +167,7 @@ def _best_of_all(
     return _fetched(torch.cat(places)), _fetched(torch.cat(scores))
 
 
-def _best_of_levels(
-    anchor: Places, score: Floats, num_anchors_per_level: Sequence[int], topk_candidates: int
-) -> Places:
+def _best_of_levels(anchor: Ints, score: Floats, num_anchors_per_level: Sequence[int], topk_candidates: int) -> Ints:
     """Places of the best of each level, level by level, best first. Anchors ascend.
 
     topk also where nothing is cut: it decides the order of equal scores, and so which of them NMS keeps.
@@ -183,15 +179,16 @@ def _best_of_levels(
     )
 
 
-def _above(values: Floats, least: float) -> Places:
+def _above(values: Floats, least: float) -> Ints:
     """Places of the values above `least`, ascending: 0.2 ns each, torch's nonzero takes 1.5."""
     return (values > float(least)).nonzero()[0]  # numpy's floats would not be rounded
 
 
-def _at(values: Tensor, places: Places) -> NDArray[Any]:
-    """Rows of a tensor of the device."""
+def _fetched_at(values: Tensor, places: Ints) -> NDArray[Any]:
+    """What is at these places of the first dimension, in the host's memory."""
     if values.is_cpu:
-        return values.numpy()[places]
+        here: NDArray[Any] = values.numpy()[places]
+        return here
     return _fetched(values[torch.from_numpy(places).to(values.device)])
 
 
@@ -205,78 +202,10 @@ def _decoded(distances: Floats, anchors: Floats) -> Floats:
 
     `distances`: (n, 4), from the anchor's middle to the box's sides, in sides of the anchor.
     """
-    sides = anchors[:, 2:] - anchors[:, :2]
-    middle = np.float32(0.5) * (anchors[:, :2] + anchors[:, 2:])
-    boxes = np.empty_like(anchors)
-    np.subtract(middle, distances[:, :2] * sides, out=boxes[:, :2])
-    np.add(middle, distances[:, 2:] * sides, out=boxes[:, 2:])
+    low, high = anchors[:, :2], anchors[:, 2:]
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, as torch's does
+        reach = distances.reshape(-1, 2, 2) * (high - low)[:, None]
+    middle, boxes = np.float32(0.5) * (low + high), np.empty_like(anchors)
+    np.subtract(middle, reach[:, 0], out=boxes[:, :2])
+    np.add(middle, reach[:, 1], out=boxes[:, 2:])
     return boxes
-
-
-def first_of_nms(boxes: Floats, scores: Floats, labels: Places, nms_threshold: float, max_detections: int) -> Places:
-    """Places of the first `max_detections` that torchvision's batched_nms keeps on a CPU, scores descending.
-
-    boxes: (n, 4) xyxy from 0, scores, labels: (n,). On cuda it shifts up to 25,000 boxes, whose overlaps it rounds then.
-    """
-    if not len(boxes):
-        return np.empty(0, np.int64)
-    if len(boxes) <= _SHIFTED:
-        # torchvision tells classes apart by shifting boxes then, which rounds them: so what counts are all boxes
-        shifted = boxes + (labels.astype(boxes.dtype) * (boxes.max() + np.float32(1)))[:, None]
-        kept = _nms(torch.from_numpy(shifted), torch.from_numpy(scores), nms_threshold)[:max_detections]
-    else:
-        tensors = [torch.from_numpy(values) for values in (boxes, scores, labels)]
-        kept = _first_of_many(tensors[0], tensors[1], tensors[2], nms_threshold, max_detections)
-    return cast("Places", kept.numpy())
-
-
-def _first_of_many(boxes: Tensor, scores: Tensor, labels: Tensor, nms_threshold: float, max_detections: int) -> Tensor:
-    """`first_of_nms` where each class's boxes are compared where they are.
-
-    Only a kept box that scores higher suppresses a box. So the best few hundred are looked at first, then twice as many
-    beside those that stayed, then, if it must be, all others beside those.
-    """
-    rest = scores.sort(descending=True, stable=True).indices  # as nms sorts
-    kept = rest[:0]
-    size = few = 4 * max(max_detections, 100)
-    while len(rest):
-        some, rest = torch.cat([kept, rest[:size]]), rest[size:]
-        kept = some[_nms_of_each_class(boxes[some], scores[some], labels[some], nms_threshold)]
-        first = scores[kept[: max_detections + 1]]
-        enough = len(first) > max_detections
-        if enough and bool((first[:-1] > first[1:]).all()):
-            return kept[:max_detections]
-        size = len(scores) if enough or size > few else 2 * few
-    # torchvision's sort is not stable: in which order equal scores come depends on all that is kept
-    kept = kept.sort().values
-    return kept[scores[kept].sort(descending=True).indices[:max_detections]]
-
-
-def _nms_of_each_class(boxes: Tensor, scores: Tensor, labels: Tensor, nms_threshold: float) -> Tensor:
-    """Places of what is kept, ascending. Scores descend."""
-    if len(boxes) <= _IN_ONE_CALL:
-        kept = _nms_in_float64(boxes, scores, labels, nms_threshold)
-        if kept is not None:
-            return kept
-    # torchvision looks for each class's boxes among all; here they are sorted by class once
-    by_label = labels.sort(stable=True).indices
-    sizes = torch.unique_consecutive(labels[by_label], return_counts=True)[1].tolist()
-    parts = (torch.split(part, sizes) for part in (by_label, boxes[by_label], scores[by_label]))
-    return torch.cat([places[_nms(b, s, nms_threshold)] for places, b, s in zip(*parts, strict=True)]).sort().values
-
-
-def _nms_in_float64(boxes: Tensor, scores: Tensor, labels: Tensor, nms_threshold: float) -> Tensor | None:
-    """All classes in one call, 400 boxes of 91 classes in 0.4 ms instead of 2.3; None where float32 might say otherwise.
-
-    Shifted by less than 2^24 in float64, a box with sides of 0.01 or more overlaps others as it does in float32 where it
-    is, to 1e-6; d is 1e-5 here. If what is kept below the threshold t, at t - d, is what is kept above it, at t + d, it is
-    kept at t too. By induction: a kept box overlaps no kept one of higher score by more than t - d, a dropped one overlaps
-    such a one by more than t + d, and float32 is nearer than d.
-    """
-    sides = boxes[:, 2:] - boxes[:, :2]
-    shifts = labels.double() * (boxes.max().double() + 1)
-    if not bool(((sides == 0) | (sides >= 1e-2)).all() & (shifts < 2**24).all()):  # nor with NaN
-        return None
-    shifted = boxes.double() + shifts[:, None]
-    low, high = (_nms(shifted, scores.double(), nms_threshold + d) for d in (-1e-5, 1e-5))
-    return cast("Tensor", low) if torch.equal(low, high) else None

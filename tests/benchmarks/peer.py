@@ -153,7 +153,7 @@ def openvino(folder: Path, *, precision: str) -> Turn:
     import openvino as ov
 
     model = torchvision_model(load_weights(WEIGHTS))
-    network, anchors, levels = _traceable(model, read_tensor(photographs(folder)[0]))
+    network, anchors, levels = traceable(model, read_tensor(photographs(folder)[0]))
     compiled = ov.Core().compile_model(
         ov.convert_model(network, example_input=network.example, input=list(network.example.shape)),
         "CPU",
@@ -168,9 +168,7 @@ def openvino(folder: Path, *, precision: str) -> Turn:
     def finish(request: Any, given: tuple[str, tuple[int, int], tuple[int, int]]) -> None:
         name, resized, seen = given
         outputs = [torch.from_numpy(request.get_output_tensor(i).data) for i in range(3)]
-        [best] = postprocess(HeadOutputs(*outputs, anchors, levels), [resized], **_LIMITS)
-        boxes = resize_boxes(best.boxes, resized, seen).numpy()
-        found[name] = Detections(boxes, best.labels.numpy(), best.scores.numpy())
+        found[name] = detections_of(HeadOutputs(*outputs, anchors, levels), resized, seen)
         ends.append(End())
 
     queue = ov.AsyncInferQueue(compiled)
@@ -184,7 +182,13 @@ def openvino(folder: Path, *, precision: str) -> Turn:
     return Turn(found, steady_seconds(ends))
 
 
-def _traceable(model: FCOS, image: Tensor) -> tuple[Any, Tensor, list[int]]:
+def detections_of(outputs: HeadOutputs, resized: tuple[int, int], seen: tuple[int, int]) -> Detections:
+    [best] = postprocess(outputs, [resized], **_LIMITS)
+    boxes = resize_boxes(torch.from_numpy(best.boxes), resized, seen).numpy()
+    return Detections(boxes, best.labels, best.scores)
+
+
+def traceable(model: FCOS, image: Tensor) -> tuple[Any, Tensor, list[int]]:
     """Backbone and head as one module of one tensor; anchors and their number per level for the image's padded size."""
 
     class Network(torch.nn.Module):

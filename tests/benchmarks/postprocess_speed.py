@@ -112,9 +112,9 @@ def main(arguments: list[str] | None = None) -> None:
             for values in (outputs.cls_logits, outputs.bbox_regression, outputs.bbox_ctrness):
                 values.copy_(values.bfloat16())
         ours, theirs = postprocess(outputs, SHAPES, **limits)[0], torchvisions(outputs, limits)
-        np.testing.assert_array_equal(ours.labels, theirs["labels"])
-        np.testing.assert_array_equal(ours.boxes, theirs["boxes"])
-        np.testing.assert_allclose(ours.scores, theirs["scores"], rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(ours.labels, theirs["labels"].numpy(), strict=True)
+        np.testing.assert_array_equal(ours.boxes, theirs["boxes"].numpy(), strict=True)
+        np.testing.assert_allclose(ours.scores, theirs["scores"].numpy(), rtol=0, atol=1e-6, strict=True)
         calls = {
             "ours": lambda o=outputs, k=limits: postprocess(o, SHAPES, **k),
             "torchvision": lambda o=outputs, k=limits: torchvisions(o, k),

@@ -9,9 +9,16 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+import torch
 
+from fcos_ray.model.postprocess import HeadOutputs
+from fcos_ray.model.weights import load_weights
+from tests.benchmarks.peer import detections_of, traceable
 from tests.benchmarks.peers import found_again
 from tests.benchmarks.turns import End, steady_seconds
+from tests.model.images import shapes
+from tests.parity import assert_same_detections, from_torchvision
+from tests.torchvision_model import torchvision_model
 
 FOUND = {"a.jpg": {"boxes": [[0, 0, 10, 10], [5, 5, 5, 5]], "labels": [1, 2], "scores": [0.9, 0.5]}, "b.jpg": {}}
 FOUND["b.jpg"] = {"boxes": [], "labels": [], "scores": []}
@@ -37,6 +44,19 @@ def test_what_is_found_again_has_the_same_label_within_two_pixels() -> None:
     more = deepcopy(FOUND)
     more["b.jpg"] = {"boxes": [[0, 0, 1, 1]], "labels": [1], "scores": [0.3]}
     assert found_again(more, FOUND) == 0.8
+
+
+def test_what_openvino_would_give_becomes_the_models_detections() -> None:
+    """Backbone and head by torch instead: OpenVINO is not there."""
+    model = torchvision_model(load_weights("random:1"), min_size=160, max_size=266)
+    image = torch.from_numpy(shapes(150, 200)).permute(2, 0, 1) / 255
+    network, anchors, levels = traceable(model, image)
+    with torch.inference_mode():
+        [wanted] = model([image])
+        batch, _ = model.transform([image])
+        found = detections_of(HeadOutputs(*network(batch.tensors), anchors, levels), batch.image_sizes[0], (150, 200))
+    assert len(found.scores) > 10
+    assert_same_detections(found, from_torchvision(wanted), score_threshold=0.2, max_detections=100)
 
 
 @pytest.mark.ray

@@ -97,13 +97,15 @@ def test_results_are_numpy_of_the_promised_types_and_boxes_lie_within_the_image(
 def test_a_box_that_reaches_the_edge_does_not_pass_it_by_float32s_rounding() -> None:
     passed = 0
     for side in range(1, 3000):
-        resized = int(side * (800 / side)), int(side * (800 / side))
+        seen = side, side // 2 + 1
+        resized = int(seen[0] * (800 / side)), int(seen[1] * (800 / side))
         edge = torch.tensor([[0.0, 0.0, resized[1], resized[0]]])
-        theirs = resize_boxes(edge, resized, (side, side)).numpy()
-        passed += theirs.max() > side
+        theirs = resize_boxes(edge, resized, seen).numpy()
+        limits = np.array([[seen[1], seen[0]] * 2], np.float32)
+        passed += bool((theirs > limits).any())
         found = Found(edge.numpy(), np.ones(1, np.int64), np.ones(1, np.float32))
-        seen = _as_seen(found, _Input(flat(1, 1), (side, side), resized, resized))
-        np.testing.assert_array_equal(seen.boxes, np.minimum(theirs, side), strict=True)
+        ours = _as_seen(found, _Input(flat(1, 1), seen, resized, resized))
+        np.testing.assert_array_equal(ours.boxes, np.minimum(theirs, limits), strict=True)
     assert passed > 0  # torchvision's own boxes do
 
 

@@ -13,12 +13,15 @@ from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms, box_iou
+from torchvision.ops.boxes import _batched_nms_coordinate_trick
 
-from fcos_ray.model.postprocess import Found, HeadOutputs, _above, _best_of_all, first_of_nms, logit_below, postprocess
+from fcos_ray.model.nms import SHIFTED, first_of_nms
+from fcos_ray.model.postprocess import Found, HeadOutputs, _above, _best_of_all, logit_below, postprocess
 
 GRIDS = [(20, 26), (10, 13), (5, 7), (3, 4), (2, 2)]
 SHAPES = [(160, 208), (150, 201), (133, 180)]
 CLASSES = 11
+LIMITS: dict[str, Any] = {"score_threshold": 0.2, "nms_threshold": 0.6, "max_detections": 100, "topk_candidates": 1000}
 
 
 def head_outputs(seed: int, *, bias: float = -1.0, spread: float = 2.0, steps: float | None = None) -> HeadOutputs:
@@ -57,15 +60,15 @@ def torchvisions(outputs: HeadOutputs, **limits: Any) -> list[dict[str, torch.Te
 
 
 def both(outputs: HeadOutputs, **changed: Any) -> tuple[list[Found], list[dict[str, torch.Tensor]]]:
-    limits = {"score_threshold": 0.2, "nms_threshold": 0.6, "max_detections": 100, "topk_candidates": 1000} | changed
+    limits = LIMITS | changed
     return postprocess(outputs, SHAPES, **limits), torchvisions(outputs, **limits)
 
 
 def assert_equal(found: list[Found], wanted: list[dict[str, torch.Tensor]]) -> int:
     for ours, theirs in zip(found, wanted, strict=True):
-        np.testing.assert_array_equal(ours.labels, theirs["labels"])
-        np.testing.assert_allclose(ours.scores, theirs["scores"], rtol=0, atol=1e-6)
-        np.testing.assert_array_equal(ours.boxes, theirs["boxes"])
+        np.testing.assert_array_equal(ours.labels, theirs["labels"].numpy(), strict=True)
+        np.testing.assert_allclose(ours.scores, theirs["scores"].numpy(), rtol=0, atol=1e-6, strict=True)
+        np.testing.assert_array_equal(ours.boxes, theirs["boxes"].numpy(), strict=True)
     return sum(len(ours.scores) for ours in found)
 
 
@@ -124,10 +127,12 @@ def test_what_is_not_a_number_takes_nothing_from_its_neighbours() -> None:
         assert assert_equal(*both(outputs)) == 1
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38, -3e38])
 @pytest.mark.parametrize("part", ["cls_logits", "bbox_ctrness", "bbox_regression"])
 @pytest.mark.parametrize("bias", [-30.0, -7.0, 0.0])
-def test_nan_and_infinities_do_what_they_do_in_torchvision(bias: float, part: str, value: float) -> None:
+def test_nan_infinities_and_what_becomes_infinite_do_what_they_do_in_torchvision(
+    bias: float, part: str, value: float
+) -> None:
     outputs = head_outputs(10, bias=bias)
     outputs.cls_logits[:, 300:320] = head_outputs(11).cls_logits[:, 300:320]
     values = getattr(outputs, part)[:, 300:320]
@@ -137,7 +142,10 @@ def test_nan_and_infinities_do_what_they_do_in_torchvision(bias: float, part: st
 
 @pytest.mark.parametrize("threshold", [2e-15, 0.05, 0.2])
 @pytest.mark.parametrize("num_classes", [1, 3])
-def test_fewer_numbers_than_a_group_and_levels_without_anchors(num_classes: int, threshold: float) -> None:
+@pytest.mark.parametrize("topk_candidates", [4, 1000])
+def test_fewer_numbers_than_a_group_and_levels_without_anchors(
+    num_classes: int, threshold: float, topk_candidates: int
+) -> None:
     for seed in range(5):
         whole = head_outputs(seed)
         part = slice(620, 620 + 80)  # of 520, 130, 35, 12 and 4 anchors
@@ -148,7 +156,7 @@ def test_fewer_numbers_than_a_group_and_levels_without_anchors(num_classes: int,
             whole.anchors[part],
             [0, 30, 35, 0, 15],
         )
-        assert assert_equal(*both(outputs, score_threshold=threshold)) > 10
+        assert assert_equal(*both(outputs, score_threshold=threshold, topk_candidates=topk_candidates)) > 10
 
 
 def test_equal_outputs_give_equal_scores_wherever_they_stand() -> None:
@@ -175,7 +183,7 @@ def test_where_all_are_scored_scores_are_torchvisions_to_the_bit() -> None:
     found, wanted = both(head_outputs(14), topk_candidates=10**6, nms_threshold=1.0, max_detections=10**6)
     assert assert_equal(found, wanted) > 10_000
     for ours, theirs in zip(found, wanted, strict=True):
-        np.testing.assert_array_equal(ours.scores, theirs["scores"])
+        np.testing.assert_array_equal(ours.scores, theirs["scores"].numpy(), strict=True)
 
 
 def test_a_threshold_of_numpys_float_counts_in_float32_as_torchs() -> None:
@@ -185,19 +193,28 @@ def test_a_threshold_of_numpys_float_counts_in_float32_as_torchs() -> None:
     assert assert_equal(*both(outputs, score_threshold=np.float64(score - 1e-9))) == 0
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on no CPU, so that what is done for other devices is done to it."""
+
+    is_cpu = property(lambda _: False)
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, Elsewhere])
 @pytest.mark.parametrize("steps", [None, 0.5, 0.01])
 @pytest.mark.parametrize(("bias", "ways"), [(-30.0, "groups"), (-7.0, "numbers"), (0.0, "scores")])
 def test_few_many_and_most_that_can_pass_give_torchvisions_detections(
-    bias: float, ways: str, steps: float | None, monkeypatch: pytest.MonkeyPatch
+    bias: float, ways: str, steps: float | None, kind: type[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the best of each group, by every number, or by every score."""
     looked_through, all_scored = [], []  # how many numbers each time
-    room = "fcos_ray.model.postprocess."
-    monkeypatch.setattr(room + "_above", lambda v, least: looked_through.append(v.size) or _above(v, least))
-    monkeypatch.setattr(room + "_best_of_all", lambda *v: all_scored.append(v[0].numel()) or _best_of_all(*v))
+    module = "fcos_ray.model.postprocess."
+    monkeypatch.setattr(module + "_above", lambda v, least: looked_through.append(v.size) or _above(v, least))
+    monkeypatch.setattr(module + "_best_of_all", lambda *v: all_scored.append(v[0].numel()) or _best_of_all(*v))
     outputs = head_outputs(8, bias=bias, steps=steps)
     outputs.cls_logits[:, 300:320] = head_outputs(9, steps=steps).cls_logits[:, 300:320]
-    assert assert_equal(*both(outputs)) > 10
+    tensors = ("cls_logits", "bbox_regression", "bbox_ctrness", "anchors")
+    there = replace(outputs, **{name: getattr(outputs, name).as_subclass(kind) for name in tensors})
+    assert assert_equal(postprocess(there, SHAPES, **LIMITS), torchvisions(outputs, **LIMITS)) > 10
     every = outputs.cls_logits[0].numel()
     assert looked_through.count(every) == (0 if ways == "groups" else len(SHAPES))
     assert all_scored == ([every] * len(SHAPES) if ways == "scores" else [])
@@ -232,11 +249,9 @@ def test_an_image_does_not_see_its_neighbours() -> None:
             outputs.anchors,
             outputs.num_anchors_per_level,
         )
-        alone = postprocess(
-            one, SHAPES[i : i + 1], score_threshold=0.2, nms_threshold=0.6, max_detections=100, topk_candidates=1000
-        )[0]
+        alone = postprocess(one, SHAPES[i : i + 1], **LIMITS)[0]
         for name in ("boxes", "labels", "scores"):
-            np.testing.assert_array_equal(getattr(alone, name), getattr(together[i], name))
+            np.testing.assert_array_equal(getattr(alone, name), getattr(together[i], name), strict=True)
 
 
 def boxes_of_clusters(n: int, num_classes: int, seed: int, *, steps: float | None = None) -> tuple[torch.Tensor, ...]:
@@ -258,7 +273,7 @@ def first(
 
 @pytest.mark.parametrize("steps", [None, 0.001, 0.1])
 @pytest.mark.parametrize("num_classes", [1, 7, 91])
-@pytest.mark.parametrize("n", [0, 1, 5, 900, 1001, 3000])
+@pytest.mark.parametrize("n", [0, 1, 5, 900, 1000, 1001, 3000])
 def test_the_first_of_nms_are_batched_nms_first(n: int, num_classes: int, steps: float | None) -> None:
     boxes, scores, labels = boxes_of_clusters(n, num_classes, seed=n + num_classes, steps=steps)
     for nms_threshold in (0.0, 0.6, 1.0):
@@ -266,6 +281,18 @@ def test_the_first_of_nms_are_batched_nms_first(n: int, num_classes: int, steps:
         for max_detections in (1, 100, 300, 10**6):
             found = first(boxes, scores, labels, nms_threshold, max_detections)
             assert torch.equal(found, wanted[:max_detections])
+
+
+def test_where_torchvision_shifts_boxes_on_a_gpu_they_are_shifted() -> None:
+    differ = 0
+    for seed in range(8):
+        boxes, scores, labels = boxes_of_clusters(4000, 91, seed)
+        wanted = _batched_nms_coordinate_trick(boxes, scores, labels, 0.6)
+        parts = (boxes.numpy(), scores.numpy(), labels.numpy())
+        found = first_of_nms(*parts, 0.6, 10**6, shifted=SHIFTED["cuda"])
+        np.testing.assert_array_equal(found, wanted.numpy())
+        differ += not np.array_equal(first_of_nms(*parts, 0.6, 10**6), found)
+    assert differ > 0
 
 
 def test_boxes_that_overlap_by_the_very_threshold_stay_or_go_as_in_float32() -> None:
