@@ -26,6 +26,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.data.read_api import from_blocks
 
 from fcos_ray import storage
+from fcos_ray.block_stats import bound_block_stats
 from fcos_ray.errors import DetectError, StageStalled, StorageError
 from fcos_ray.inputs.columns import DELETED, REFUSED
 from fcos_ray.inputs.pinned_files import PinnedFile, read_shard
@@ -99,6 +100,7 @@ def build(shards: Sequence[int], stages: Stages, *, roll: Roll | None = None) ->
     # Not from_arrow, which asks for each table's number of rows in a task of a whole CPU: 2.4 s before anything else begins
     source = from_blocks(numbers)
     bound_read_ahead(source.context)
+    bound_block_stats(source.context)
     read_rows = source.map_batches(read, batch_format="pyarrow", num_cpus=READ_CPUS, compute=readers)
     loaded = _cut(read_rows, layout.load_rows, readers).map_batches(
         load,

@@ -34,6 +34,7 @@ AT_HOME = {  # library: where it may be imported
     "ray": (
         "pipeline",
         "read_ahead",
+        "block_stats",
         "roll",
         "execution",
         "commit_task",

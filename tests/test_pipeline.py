@@ -17,6 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.operators.map_operator import MapOperator
 
 from fcos_ray import pipeline
 from fcos_ray.benchmark.photographs import draw_jpeg
@@ -102,6 +104,26 @@ def test_reading_waits_while_enough_blocks_wait_for_load_tasks(
         counts.append(len(list(seen.iterdir())))
     del batches  # ends the execution
     assert 10 <= counts[-1] <= 20, f"{counts}: 100 blocks are ten shards; and what tasks had begun"
+
+
+def test_the_driver_keeps_what_it_notes_of_the_last_blocks_only(
+    corpus: Path, tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Data itself keeps it of each: of twelve blocks a stage here, of billions elsewhere."""
+    monkeypatch.setattr("fcos_ray.block_stats.MOST_BLOCKS", 5)
+    kept = []
+
+    class Watch(ExecutionCallback):
+        def after_execution_succeeds(self, executor: Any) -> None:
+            kept.extend(len(op._output_blocks_stats) for op in executor._topology if isinstance(op, MapOperator))
+
+    layout = plan_layout(
+        Cluster(4, 0, 4), num_rows=24, device=None, num_detectors=1, gpus_per_detector=None, load_cpus=0.5
+    )
+    dataset = built(corpus, tmp_path, replace(layout, load_rows=2))
+    dataset.context.custom_execution_callback_classes.append(Watch)
+    assert sum(batch.num_rows for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow")) == 24
+    assert kept == [5, 5, 5]
 
 
 NULL_JOBS = """
