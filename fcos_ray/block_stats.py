@@ -9,7 +9,7 @@ from ray.data import DataContext
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
-MOST_BLOCKS: Final = 1000
+MOST_BLOCKS: Final = 100
 
 
 class BoundedBlockStats(ExecutionCallback):
