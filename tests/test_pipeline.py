@@ -109,7 +109,7 @@ def test_reading_waits_while_enough_blocks_wait_for_load_tasks(
 def test_the_driver_keeps_what_it_notes_of_the_last_blocks_only(
     corpus: Path, tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray Data itself keeps it of each: of twelve blocks a stage here, of billions elsewhere."""
+    """Ray Data itself keeps it of each: of twelve blocks a stage here, of millions elsewhere."""
     monkeypatch.setattr("fcos_ray.block_stats.MOST_BLOCKS", 5)
     kept = []
 

@@ -112,7 +112,7 @@ def logit_below(score_threshold: float) -> float:
 def _candidates(logits: Tensor, least: float) -> tuple[Ints, Floats] | None:
     """Places above `least`, ascending, which is torchvision's order within each level, and the logits there.
 
-    None where a third of them and more are above: to score all where they are takes less then (a core of Zen 3).
+    None where more than a third of them are above: to score all where they are takes less then (a core of Zen 3).
     Groups first, then every number of the groups whose best is above, or of all where those are many. To read 1.6 million
     numbers out of memory takes 0.2 ms of one core, to compare them all and list what passes another 0.3.
     """

@@ -214,6 +214,7 @@ def test_few_many_and_most_that_can_pass_give_torchvisions_detections(
     outputs.cls_logits[:, 300:320] = head_outputs(9, steps=steps).cls_logits[:, 300:320]
     tensors = ("cls_logits", "bbox_regression", "bbox_ctrness", "anchors")
     there = replace(outputs, **{name: getattr(outputs, name).as_subclass(kind) for name in tensors})
+    assert there.cls_logits[0].flatten().is_cpu == (kind is torch.Tensor)
     assert assert_equal(postprocess(there, SHAPES, **LIMITS), torchvisions(outputs, **LIMITS)) > 10
     every = outputs.cls_logits[0].numel()
     assert looked_through.count(every) == (0 if ways == "groups" else len(SHAPES))
@@ -293,6 +294,16 @@ def test_where_torchvision_shifts_boxes_on_a_gpu_they_are_shifted() -> None:
         np.testing.assert_array_equal(found, wanted.numpy())
         differ += not np.array_equal(first_of_nms(*parts, 0.6, 10**6), found)
     assert differ > 0
+
+
+def test_nms_is_told_what_torchvision_shifts_on_the_outputs_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setitem(SHIFTED, "cpu", 7)  # type: ignore[arg-type]
+    monkeypatch.setattr(
+        "fcos_ray.model.postprocess.first_of_nms", lambda *a, **k: told.append(k) or first_of_nms(*a, **k)
+    )
+    both(head_outputs(1))
+    assert told == [{"shifted": 7}] * len(SHAPES)
 
 
 def test_boxes_that_overlap_by_the_very_threshold_stay_or_go_as_in_float32() -> None:
