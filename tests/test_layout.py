@@ -120,6 +120,11 @@ def test_load_tasks_are_small_for_small_jobs(rows: int, wanted: int) -> None:
     assert layout(4, num_rows=rows).load_rows == wanted
 
 
+def test_load_tasks_are_large_where_micro_batches_are() -> None:
+    many = 1_000_000
+    assert layout(4, 1, num_rows=many).load_rows == layout(4, num_rows=many, max_micro_batch=16).load_rows == 1024
+
+
 def test_a_layout_describes_itself_in_one_line() -> None:
     assert layout(4).describe() == (
         "device cpu: up to 4 detectors (0.7 CPU each), up to 4 load tasks (0.25 CPU each) of 128 images"
