@@ -58,7 +58,13 @@ def _parser() -> argparse.ArgumentParser:
         default="640x480",
         help="WIDTHxHEIGHT, or mixed: 55 sizes, longer sides of 500 to 2048 pixels (default: %(default)s)",
     )
-    parser.add_argument("--images", type=int, default=400, help="in the whole job (default: %(default)s)")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=400,
+        help="in the whole job: more than are loaded while detectors start, else its steady state lacks "
+        "their loading (default: %(default)s)",
+    )
     parser.add_argument("--folder", help="a new folder or s3:// prefix (default: a temporary one on this machine)")
     parser.add_argument("--weights", default="random:1", help="as for jobs/detect.py (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")

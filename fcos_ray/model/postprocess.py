@@ -19,6 +19,7 @@ from fcos_ray.model.nms import SHIFTED, Floats, Ints, first_of_nms
 # Numbers side by side whose best is looked for at once: torch takes 0.10 ms hot for 1.6 million, 0.24 when their count is
 # no multiple of 16, as four anchors of 91 classes have it
 _GROUP: Final = 256
+_FAR: Final = np.float32(1e30)  # sides of an anchor
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,7 @@ def _scores(logit: Floats, ctrness: Floats) -> Floats:
     both[:n], both[n : 2 * n] = logit, ctrness
     torch.from_numpy(both).sigmoid_()
     score = both[:n] * both[n : 2 * n]
-    torch.from_numpy(score).sqrt_()
+    np.sqrt(score, out=score)
     return score
 
 
@@ -203,8 +204,9 @@ def _decoded(distances: Floats, anchors: Floats) -> Floats:
     `distances`: (n, 4), from the anchor's middle to the box's sides, in sides of the anchor.
     """
     low, high = anchors[:, :2], anchors[:, 2:]
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, as torch's does
-        reach = distances.reshape(-1, 2, 2) * (high - low)[:, None]
+    # Beyond any image, and finite when multiplied: else numpy would warn, and errstate takes 0.012 of few detections' 0.59 ms
+    bounded = np.maximum(np.minimum(distances, _FAR), -_FAR)
+    reach = bounded.reshape(-1, 2, 2) * (high - low)[:, None]
     middle, boxes = np.float32(0.5) * (low + high), np.empty_like(anchors)
     np.subtract(middle, reach[:, 0], out=boxes[:, :2])
     np.add(middle, reach[:, 1], out=boxes[:, 2:])

@@ -274,7 +274,7 @@ def first(
 
 @pytest.mark.parametrize("steps", [None, 0.001, 0.1])
 @pytest.mark.parametrize("num_classes", [1, 7, 91])
-@pytest.mark.parametrize("n", [0, 1, 5, 900, 1000, 1001, 3000])
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 20, 32, 33, 900, 1000, 1001, 3000])
 def test_the_first_of_nms_are_batched_nms_first(n: int, num_classes: int, steps: float | None) -> None:
     boxes, scores, labels = boxes_of_clusters(n, num_classes, seed=n + num_classes, steps=steps)
     for nms_threshold in (0.0, 0.6, 1.0):
@@ -282,6 +282,42 @@ def test_the_first_of_nms_are_batched_nms_first(n: int, num_classes: int, steps:
         for max_detections in (1, 100, 300, 10**6):
             found = first(boxes, scores, labels, nms_threshold, max_detections)
             assert torch.equal(found, wanted[:max_detections])
+
+
+def test_few_boxes_that_overlap_by_about_the_threshold_stay_or_go_as_in_float32() -> None:
+    """Thresholds are each pair's overlap and its neighbours; and boxes without area, equal boxes, equal scores."""
+    went = 0
+    for seed in range(40):
+        boxes, scores, labels = boxes_of_clusters(12, 3, seed, steps=0.1)
+        boxes[10], boxes[11] = boxes[0], boxes[1, [0, 1, 0, 3]]
+        overlaps = [overlap for overlap in box_iou(boxes, boxes).flatten().tolist() if 0 < overlap < 1]
+        for overlap in overlaps[:20]:
+            for nms_threshold in (
+                overlap - 1e-6,
+                np.nextafter(overlap, 0),
+                overlap,
+                np.nextafter(overlap, 1),
+                overlap + 1e-6,
+            ):
+                wanted = batched_nms(boxes, scores, labels, nms_threshold)
+                assert torch.equal(first(boxes, scores, labels, nms_threshold, 100), wanted)
+                went += len(boxes) - len(wanted)
+    assert went > 1000
+
+
+def test_numpy_compares_few_boxes_and_nms_all_that_it_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    boxes, scores, labels = boxes_of_clusters(20, 3, seed=1)
+    wanted = batched_nms(boxes, scores, labels, 0.6)
+    lined = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 6.0, 10.0]])  # an overlap of 0.6
+    asked = []
+    nms = torch.ops.torchvision.nms
+    monkeypatch.setattr("fcos_ray.model.nms._nms", lambda *a: asked.append(len(a[0])) or nms(*a))
+    assert torch.equal(first(boxes, scores, labels, 0.6, 100), wanted)
+    assert asked == []
+    first(lined, torch.tensor([0.9, 0.8]), torch.tensor([1, 1]), 0.6, 100)
+    assert asked == [2]
+    first(*boxes_of_clusters(33, 3, seed=1), 0.6, 100)
+    assert asked == [2, 33]
 
 
 def test_where_torchvision_shifts_boxes_on_a_gpu_they_are_shifted() -> None:
