@@ -102,8 +102,9 @@ def plan_layout(
     share = min(share, left, load_cpus or share)
     load_tasks = max(1, int(min(left, load_cpus or left) / share + 1e-9))
     # Ray Data looks every 0.1 s which tasks have ended: beside tasks of 512 thumbnails, of 0.33 s, a quarter of all room for
-    # load tasks was empty (1,024: 2,250 -> 2,600 images/s). But each task should still find a peer to work beside. A task
-    # orders its images by shape, and 512 photographs of mixed sizes fill micro-batches of 16 by half and more.
+    # load tasks was empty (1,024: 2,250 -> 2,600 images/s). But each task should still find a peer to work beside, and 1,024
+    # photographs of 12 Mpx take a core more than a minute, which is done again where a worker dies. A task orders its images
+    # by shape: 512 of mixed sizes fill micro-batches of 16 by half and more.
     micro_batch = max_micro_batch or MAX_MICRO_BATCH[chosen]
     load_rows = max(4, min(max(128, 64 * micro_batch), -(-num_rows // (4 * load_tasks))))
     commits = max(2, min(MAX_COMMITS, int(cluster.num_cpus / CPUS_PER_COMMIT)))

@@ -25,6 +25,8 @@ from fcos_ray.types import Content, Image
 # Pixels per table. Ray cuts and merges blocks at 128 MiB; half of it keeps two in hand cheap.
 _LOADED_BYTES: Final = 64 * 2**20
 _WAITING_BYTES: Final = 256 * 2**20  # of files that wait for their order in one load task
+# A task hands on what it has after so long: one of a thousand images that time out would else be taken for a stall
+_HAND_ON_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class _Loaded:
         self._rows: list[dict[str, Any]] = []
         self._valid: list[bool] = []
         self._used = 0
+        self._began = time.monotonic()
 
     def hold(self, shape: Shape, padded: Shape | None = None) -> NDArray[np.uint8]:
         """Where the (height, width, 3) pixels of the next row go; another table begins where they do not fit.
@@ -105,7 +108,11 @@ class _Loaded:
         self._ends.append(self._used)
 
     def full(self) -> Iterator[pa.Table]:
-        """The tables that are full."""
+        """The tables that are full, and what has waited for long."""
+        if self._rows and time.monotonic() - self._began > _HAND_ON_SECONDS:
+            self._cut()
+            self._begin(_LOADED_BYTES)
+            self._alike = 0
         tables, self._tables = self._tables, []
         yield from tables
 
@@ -157,16 +164,17 @@ def _by_shape(
 ) -> Iterator[tuple[int, Content | FetchError]]:
     """The same in the order of their padded shapes, as their headers say, so that micro-batches fill.
 
-    Files wait for one another, at most _WAITING_BYTES of them: pixels would be thirty times as large.
+    Files wait for one another, at most _WAITING_BYTES of them (pixels would be thirty times as large), and not for longer
+    than _HAND_ON_SECONDS.
     """
     waiting: list[tuple[Shape, int, Content | FetchError]] = []
-    num_bytes = 0
+    num_bytes, began = 0, time.monotonic()
     for index, content in fetched:
         num_bytes += len(content.data) if isinstance(content, Content) else 0
         waiting.append((_padded(content, settings), index, content))
-        if num_bytes > _WAITING_BYTES:
+        if num_bytes > _WAITING_BYTES or time.monotonic() - began > _HAND_ON_SECONDS:
             yield from _ordered(waiting)
-            waiting, num_bytes = [], 0
+            waiting, num_bytes, began = [], 0, time.monotonic()
     yield from _ordered(waiting)
 
 

@@ -13,7 +13,7 @@ from ray.data._internal.execution.backpressure_policy import (
 from ray.data._internal.execution.interfaces import PhysicalOperator
 from ray.data._internal.execution.operators.input_data_buffer import InputDataBuffer
 
-_LEAST_BLOCKS: Final = 100  # some seconds of load tasks of thumbnails
+_LEAST_BLOCKS: Final = 100  # half a minute of two load tasks of thumbnails
 _BLOCKS_PER_TASK: Final = 4
 
 

@@ -151,6 +151,24 @@ def test_files_that_wait_for_their_order_are_bounded_in_bytes(tmp_path: Path, mo
     assert table["row"].to_pylist() == [0, 2, 1, 3, 4, 5], "four in order, then the rest"
 
 
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_a_task_hands_on_what_it_has_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int
+) -> None:
+    images = [draw(tmp_path / f"{k}.png", 40 + 40 * (k % 2), 60) for k in range(6)]
+    rows = rows_of(*images[:3], tmp_path / "missing.png", *images[3:])
+    in_turn = FetchPolicy(allow_roots=(str(tmp_path),), concurrency=1)
+    settings = dataclasses.replace(load_settings(tmp_path, fetch=in_turn), micro_batch=micro_batch)
+    [whole] = load_tables(rows, settings)
+    monkeypatch.setattr(load, "_HAND_ON_SECONDS", 0.0)
+    tables = list(load_tables(rows, settings))
+    assert [table.num_rows for table in tables] == [1] * 7
+    assert [table["row"][0].as_py() for table in tables] == list(range(7)), "none waits for its order"
+    changing = ["decode_seconds", "fetch_seconds"]
+    together = pa.concat_tables(tables).sort_by("row").drop_columns(changing)
+    assert together == whole.sort_by("row").drop_columns(changing)
+
+
 def test_no_micro_batch_is_torn_by_a_tables_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for ten images: two micro-batches of four, and two more only of another shape."""
     monkeypatch.setattr(load, "_LOADED_BYTES", 30)

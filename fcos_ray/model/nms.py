@@ -35,7 +35,7 @@ def first_of_nms(
 ) -> Ints:
     """Places of the first `max_detections` that torchvision's batched_nms keeps, scores descending.
 
-    boxes: (n, 4) xyxy from 0, scores, labels: (n,). `shifted`: boxes at most that it would shift, see SHIFTED.
+    boxes: (n, 4) xyxy from 0, scores: (n,) numbers, labels: (n,). `shifted`: boxes at most that it would shift, see SHIFTED.
     """
     if not len(boxes):
         return np.empty(0, np.int64)
@@ -55,9 +55,9 @@ def first_of_nms(
 def _nms_of_few(boxes: Floats, scores: Floats, nms_threshold: float) -> Ints | None:
     """Places of what nms keeps, scores descending, from a table of all pairs; None where float32 might decide otherwise.
 
-    In float64. torchvision's float32 begins with the same numbers and rounds each of some six results by 6e-8 of it, none of
-    which is more than the two areas: its overlap is nearer than 1e-5. Where one is so near to the threshold, or
-    two boxes have no area, nms decides.
+    In float64. torchvision's float32 begins with the same numbers and rounds sides, areas, their sum and the quotient by 6e-8
+    each: its overlap is about 1e-6 away, if nothing underflows. Where one is within 1e-5 of the threshold, or a box has next
+    to no area, nms decides.
     """
     order = np.argsort(-scores, kind="stable")  # as nms sorts
     box = boxes[order].astype(np.float64)
@@ -67,7 +67,7 @@ def _nms_of_few(boxes: Floats, scores: Floats, nms_threshold: float) -> Ints | N
     area = common.diagonal()
     union = area[:, None] + area - common
     beyond = common - nms_threshold * union
-    if not (np.abs(beyond) > 1e-5 * union).all():  # nor with NaN
+    if not (np.abs(beyond) > 1e-5 * union + 1e-30).all():  # nor with NaN
         return None
     kept, gone = [], np.zeros(len(boxes), bool)
     for place, suppressed in enumerate(beyond > 0):

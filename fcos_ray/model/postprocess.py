@@ -133,7 +133,7 @@ def _candidates(logits: Tensor, least: float) -> tuple[Ints, Floats] | None:
 
 
 def _scores(logit: Floats, ctrness: Floats) -> Floats:
-    """√(σ(logit)·σ(ctrness)), by torch as torchvision's."""
+    """√(σ(logit)·σ(ctrness)), σ by torch as torchvision's."""
     # What is beyond a multiple of 32 torch's sigmoid computes by another loop, some off by a bit: in torchvision's scores
     # that is the end of each level, here it would be all where fewer than 32 pass
     n = len(logit)

@@ -284,40 +284,57 @@ def test_the_first_of_nms_are_batched_nms_first(n: int, num_classes: int, steps:
             assert torch.equal(found, wanted[:max_detections])
 
 
-def test_few_boxes_that_overlap_by_about_the_threshold_stay_or_go_as_in_float32() -> None:
-    """Thresholds are each pair's overlap and its neighbours; and boxes without area, equal boxes, equal scores."""
-    went = 0
-    for seed in range(40):
-        boxes, scores, labels = boxes_of_clusters(12, 3, seed, steps=0.1)
-        boxes[10], boxes[11] = boxes[0], boxes[1, [0, 1, 0, 3]]
-        overlaps = [overlap for overlap in box_iou(boxes, boxes).flatten().tolist() if 0 < overlap < 1]
-        for overlap in overlaps[:20]:
-            for nms_threshold in (
-                overlap - 1e-6,
-                np.nextafter(overlap, 0),
-                overlap,
-                np.nextafter(overlap, 1),
-                overlap + 1e-6,
-            ):
-                wanted = batched_nms(boxes, scores, labels, nms_threshold)
-                assert torch.equal(first(boxes, scores, labels, nms_threshold, 100), wanted)
-                went += len(boxes) - len(wanted)
-    assert went > 1000
-
-
-def test_numpy_compares_few_boxes_and_nms_all_that_it_cannot_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    boxes, scores, labels = boxes_of_clusters(20, 3, seed=1)
-    wanted = batched_nms(boxes, scores, labels, 0.6)
-    lined = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 6.0, 10.0]])  # an overlap of 0.6
-    asked = []
+@pytest.fixture
+def asked_nms(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of boxes that torchvision's nms is asked about."""
+    asked: list[int] = []
     nms = torch.ops.torchvision.nms
     monkeypatch.setattr("fcos_ray.model.nms._nms", lambda *a: asked.append(len(a[0])) or nms(*a))
+    return asked
+
+
+def test_few_boxes_that_overlap_by_about_the_threshold_stay_or_go_as_in_float32(asked_nms: list[int]) -> None:
+    """Thresholds are each pair's overlap, its neighbours in float64, and what is a little less and more."""
+    calls = 0
+    for seed in range(40):
+        boxes, scores, labels = boxes_of_clusters(12, 1, seed, steps=0.1)
+        overlaps = [overlap for overlap in box_iou(boxes, boxes).flatten().tolist() if 0 < overlap < 1]
+        for overlap in overlaps[:20]:
+            near = (np.nextafter(overlap, 0), overlap, np.nextafter(overlap, 1), overlap - 1e-7, overlap + 1e-7)
+            for nms_threshold in (*near, overlap - 3e-5, overlap + 3e-5):
+                wanted = batched_nms(boxes, scores, labels, nms_threshold)
+                assert torch.equal(first(boxes, scores, labels, nms_threshold, 100), wanted)
+                calls += 1
+    assert 0 < len(asked_nms) < calls, "numpy where it can tell, nms where not"
+
+
+@pytest.mark.parametrize(
+    ("nms_threshold", "about"),
+    [
+        (0.6, [[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 6.0, 10.0]]),  # an overlap of 0.6
+        (0.6, [[0.0, 0.0, 10.0, 10.0], [3.0, 3.0, 3.0, 9.0]]),  # no width
+        (0.6, [[0.0, 0.0, 1e-25, 1e-25], [0.0, 0.0, 1e-25, 1e-25]]),  # areas of 0 in float32
+        (0.0, [[0.0, 0.0, 10.0, 10.0], [20.0, 0.0, 30.0, 10.0]]),
+        (1.0, [[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 10.0]]),
+        (0.5, [[0.0, 0.0, 10.0, 10.0], [0.0, math.nan, 10.0, 10.0]]),
+    ],
+)
+def test_nms_is_asked_where_numpy_cannot_tell(
+    asked_nms: list[int], nms_threshold: float, about: list[list[float]]
+) -> None:
+    boxes, scores, labels = torch.tensor(about), torch.tensor([0.9, 0.8]), torch.zeros(2, dtype=torch.int64)
+    wanted = batched_nms(boxes, scores, labels, nms_threshold)
+    assert torch.equal(first(boxes, scores, labels, nms_threshold, 100), wanted)
+    assert asked_nms == [2]
+
+
+@pytest.mark.parametrize(("n", "asked"), [(32, []), (33, [33])])
+def test_numpy_compares_few_boxes(asked_nms: list[int], n: int, asked: list[int]) -> None:
+    boxes, scores, labels = boxes_of_clusters(n, 3, seed=1)
+    wanted = batched_nms(boxes, scores, labels, 0.6)
+    assert 0 < len(wanted) < n
     assert torch.equal(first(boxes, scores, labels, 0.6, 100), wanted)
-    assert asked == []
-    first(lined, torch.tensor([0.9, 0.8]), torch.tensor([1, 1]), 0.6, 100)
-    assert asked == [2]
-    first(*boxes_of_clusters(33, 3, seed=1), 0.6, 100)
-    assert asked == [2, 33]
+    assert asked_nms == asked
 
 
 def test_where_torchvision_shifts_boxes_on_a_gpu_they_are_shifted() -> None:
