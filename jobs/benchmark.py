@@ -62,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         "--images",
         type=int,
         default=400,
-        help="in the whole job: more than are loaded while detectors start, else its steady state lacks "
-        "their loading (default: %(default)s)",
+        help="in the whole job; of few large ones all are loaded while detectors start, and the steady state then "
+        "leaves loading out (default: %(default)s)",
     )
     parser.add_argument("--folder", help="a new folder or s3:// prefix (default: a temporary one on this machine)")
     parser.add_argument("--weights", default="random:1", help="as for jobs/detect.py (default: %(default)s)")
