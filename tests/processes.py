@@ -87,6 +87,14 @@ def cpu_seconds(pid: int) -> float:
     return 0.0
 
 
+def is_running(pid: int) -> bool:
+    """Whether a thread of a process computes at this moment: not all wait."""
+    with contextlib.suppress(OSError):
+        threads = Path(f"/proc/{pid}/task").glob("*/stat")
+        return any(thread.read_text().rpartition(")")[2].split()[0] == "R" for thread in threads)
+    return False
+
+
 def kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)

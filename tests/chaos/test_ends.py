@@ -17,7 +17,17 @@ import pytest
 from fcos_ray.sample import write_sample
 from tests.corpus import files_of, manifest_ids, results_of
 from tests.disks import mounted, remount
-from tests.processes import cpu_seconds, descendants, flags, kill_tree, run_job, start_job, titled, wait_until
+from tests.processes import (
+    cpu_seconds,
+    descendants,
+    flags,
+    is_running,
+    kill_tree,
+    run_job,
+    start_job,
+    titled,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 SHARD_ROWS = 4
@@ -76,10 +86,10 @@ def loading(driver: int) -> list[int]:
 
 
 def detecting(driver: int) -> list[int]:
-    """Detectors that compute: one that is stopped while it waits for a block has no images to be named."""
+    """Detectors that compute, to this moment: one that is stopped while it waits for a block has no images to be named."""
     before = {pid: cpu_seconds(pid) for pid in titled(driver, "MapBatches(_Detect)")}
-    time.sleep(0.5)
-    return [pid for pid, seconds in before.items() if cpu_seconds(pid) - seconds > 0.2]
+    time.sleep(0.15)
+    return [pid for pid, seconds in before.items() if cpu_seconds(pid) - seconds > 0.12 and is_running(pid)]
 
 
 AT_WORK = {"load": loading, "detect": detecting}
