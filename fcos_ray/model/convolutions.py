@@ -36,7 +36,7 @@ def quicken(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def _join(parent: nn.Module) -> None:
-    """Let convolutions compute the ReLU behind them, in a parent whose children run in the order they are registered in."""
+    """Let ReLUs be computed in what is before them, in a parent whose children run in the order they are registered in."""
     before: nn.Module | None = None
     for name, child in list(parent.named_children()):
         if isinstance(before, (WinogradConv2d, _OneDnnConv2d)):
@@ -46,6 +46,8 @@ def _join(parent: nn.Module) -> None:
                 continue
             if before.relu and type(child) is nn.MaxPool2d and _MaxPool.suits(child):
                 setattr(parent, name, _MaxPool())
+        if isinstance(before, nn.GroupNorm) and type(child) is nn.ReLU:
+            setattr(parent, name, _InPlaceReLU())
         if type(child) is not nn.Identity:
             before = child
 
@@ -124,6 +126,18 @@ class _Bottleneck(nn.Module):
         return self.conv3.add_to(others, self.conv2(self.conv1(x)))
 
 
+class _InPlaceReLU(nn.Module):
+    """ReLU of what nothing else reads, as a maximum of integers: a float that is negative is a negative one.
+
+    In bf16 torch's takes 2.4 ms for 256 channels of 100×136, this 0.25; an image takes 0.93 times as long, in fp32 0.98 (a
+    Xeon with AMX, alternating). Whether a NaN stays one depends on its sign.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        _bits(x).clamp_min_(0)
+        return x
+
+
 class _MaxPool(nn.Module):
     """MaxPool2d(3, stride=2, padding=1) behind a ReLU: torch's writes each maximum's place too, 28 MB of them.
 
@@ -139,8 +153,12 @@ class _MaxPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Values that are not negative are in the order of their bits, and torch's maximum of integers takes half the time
-        bits = x.permute(0, 2, 3, 1).view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
+        bits = _bits(x).permute(0, 2, 3, 1)
         return _best_of_three(_best_of_three(bits, 1), 2).view(x.dtype).permute(0, 3, 1, 2)
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
 
 
 def _best_of_three(x: Tensor, dim: int) -> Tensor:

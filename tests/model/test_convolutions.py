@@ -170,6 +170,35 @@ def test_the_faster_pooling_behind_a_relu_finds_the_same(shape: tuple[int, int],
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)], ids=["fp32", "bf16"])
+@torch.inference_mode()
+def test_the_faster_relu_behind_a_group_norm_finds_the_same_and_leaves_its_input(dtype: torch.dtype) -> None:
+    with torch.inference_mode(False):
+        tower = nn.Sequential(
+            convolution(8, 32), nn.GroupNorm(8, 32), nn.ReLU(), convolution(32, 32), nn.GroupNorm(8, 32)
+        )
+        tower.append(nn.ReLU())
+        quick = quicken(copy.deepcopy(tower), dtype).to(dtype)
+    assert nn.ReLU not in {type(module) for module in quick}
+    x = torch.randn(2, 8, 7, 9).to(dtype=dtype, memory_format=torch.channels_last)
+    x[:, :, 0] = 0
+    before = x.clone()
+    normed = quick[1](quick[0](x))
+    assert bool((normed < 0).any())
+    wanted = normed.relu()
+    assert torch.equal(quick[2](normed), wanted)
+    torch.testing.assert_close(quick(x), tower.to(dtype)(x), atol=1e-4 if dtype == torch.float32 else 0.05, rtol=0)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    "before", [nn.Identity(), nn.InstanceNorm2d(8), nn.Sequential(nn.GroupNorm(2, 8))], ids=lambda b: type(b).__name__
+)
+def test_a_relu_whose_input_others_may_read_stays(before: nn.Module) -> None:
+    relu = nn.ReLU()
+    assert list(quicken(nn.Sequential(before, relu)).children())[-1] is relu
+
+
 @pytest.mark.parametrize(
     "pooling",
     [
