@@ -15,7 +15,7 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def stats_of(
-    blocks: Sequence[tuple[float, int, str]], num_detectors: int, detect_seconds: float | None = None
+    blocks: Sequence[tuple[float, int, str]], num_detectors: int, detect_seconds: float | None = 1.0
 ) -> ExecutionStats:
     """Blocks as (when they were done, images, by whom), in the order in which they come; when they come does not matter."""
     stats = ExecutionStats(num_detectors)
@@ -31,7 +31,7 @@ def steady(name: str, start: float, num_blocks: int) -> list[tuple[float, int, s
     return [(start + 10.0 * k, 10, name) for k in range(1, num_blocks + 1)]
 
 
-def test_the_rate_is_what_detectors_do_from_their_first_block_to_their_last() -> None:
+def test_the_rate_is_what_detectors_do_from_their_first_image_to_their_last() -> None:
     """They start one after another, and one has nothing left while another is at work: neither is the steady state."""
     blocks = [*steady("a", 0, 9), *steady("b", 7, 5), *steady("c", 31, 2)]
     assert stats_of(blocks, num_detectors=3).images_per_second == pytest.approx(3.0)
@@ -48,21 +48,33 @@ def test_a_detector_that_died_and_its_successor_are_one() -> None:
     assert stats_of(blocks, num_detectors=2).images_per_second == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize("blocks", [[], steady("a", 0, 1), [*steady("a", 0, 1), *steady("b", 1, 1)]])
-def test_a_block_each_tells_no_rate(blocks: list[tuple[float, int, str]]) -> None:
-    assert stats_of(blocks, num_detectors=2).images_per_second is None
+def test_what_is_loaded_ahead_while_the_first_block_is_detected_makes_no_rate_of_its_own() -> None:
+    """Loading takes the cores of a first block, which is slow, and the next ones pass as fast as if nothing were loaded."""
+    stats = stats_of([(30.0, 10, "a")], 1, detect_seconds=3.0)
+    for done in (40.0, 50.0, 60.0):
+        row = {"shard": 0, "row": 0, "detected_at": START + timedelta(seconds=done), "detected_by": "a"}
+        stats.count_block(pa.Table.from_pylist([row | {"detect_seconds": 1.0}] * 10, RESULT_SCHEMA))
+    assert stats.images_per_second == pytest.approx(40 / 60)
 
 
-def test_detectors_are_busy_for_what_their_images_took_after_the_first_block() -> None:
-    """Whose images are as slow as the first forward is, and would make more than all of the time."""
+@pytest.mark.parametrize(("blocks", "rate"), [([], None), (steady("a", 0, 1), 1.0)])
+def test_one_block_tells_a_rate_and_none_does_not(blocks: list[tuple[float, int, str]], rate: float | None) -> None:
+    assert stats_of(blocks, num_detectors=2).images_per_second == rate
+
+
+def test_detectors_are_busy_for_what_their_images_took_from_the_first_one_on() -> None:
     blocks = [*steady("a", 0, 9), *steady("b", 7, 5)]
-    assert stats_of(blocks, 2, detect_seconds=0.75).busy == pytest.approx(0.75)
-    stats = stats_of(blocks[1:9], 1, detect_seconds=0.75)
+    for order in (blocks, blocks[::-1]):
+        assert stats_of(order, 2, detect_seconds=0.75).busy == pytest.approx((67.5 + 37.5) / (87.5 + 47.5))
+
+
+def test_a_detector_that_always_holds_images_is_busy_however_slow_its_first_ones_are() -> None:
+    stats = stats_of(steady("a", 0, 9), 1)
     slow = {"shard": 0, "row": 0, "detected_at": START, "detected_by": "a", "detect_seconds": 100.0}
     stats.count_block(pa.Table.from_pylist([slow], RESULT_SCHEMA))
-    assert stats.busy == pytest.approx(80 * 0.75 / 90)
+    assert stats.busy == pytest.approx(1.0)
 
 
 def test_rows_that_no_detector_held_take_none_of_its_time() -> None:
-    assert stats_of(steady("a", 0, 3), 1).busy == 0
-    assert stats_of([(1.0, 10, "a")], 1, detect_seconds=0.1).busy is None
+    assert stats_of(steady("a", 0, 3), 1, detect_seconds=None).busy == 0
+    assert stats_of([(1.0, 10, "a")], 1, detect_seconds=None).busy is None
