@@ -10,14 +10,15 @@ _TRIM_THRESHOLD: Final = -1
 _MMAP_THRESHOLD: Final = -3
 _LARGEST: Final = 2**30  # in fp32, what a detector's first convolution finds takes 69 MB
 _LARGEST_OF_OLD: Final = 32 * 2**20  # older versions refuse more
-_NEVER: Final = 2**31 - 1
+_NEVER: Final = -1
 
 
 def keep_memory() -> None:
     """From here on this process keeps what it frees, for those that soon want as much again.
 
-    By default glibc gives large pieces back to the kernel, which zeroes them for the next image: 13,600 pages an image in bf16
-    and 39,000 to 53,000 in fp32, or none, as it happens. A job in bf16 labels 1.07 times as many (a Xeon with AMX, in turns).
+    By default glibc (2.36, torch 2.14) gives large pieces back to the kernel, which zeroes them for the next image: 13,600
+    pages an image in bf16 and 39,000 to 53,000 in fp32, or none, as it happens. A job in bf16 labels 1.07 times as many (a
+    Xeon with AMX, three times in turns). Of threads beside the main one glibc still gives back pieces of more than 64 MB.
     """
     if tell := getattr(ctypes.CDLL(None), "mallopt", None):
         if not tell(_MMAP_THRESHOLD, _LARGEST):

@@ -62,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         "--images",
         type=int,
         default=400,
-        help="in the whole job; some are loaded while the first detector starts, which takes nothing from the steady "
-        "state: of large ones 800 (default: %(default)s)",
+        help="in the whole job; those loaded while the first detector starts are not in the steady state's time: of large "
+        "images better 800 (default: %(default)s)",
     )
     parser.add_argument("--folder", help="a new folder or s3:// prefix (default: a temporary one on this machine)")
     parser.add_argument("--weights", default="random:1", help="as for jobs/detect.py (default: %(default)s)")

@@ -57,8 +57,11 @@ def test_what_is_loaded_ahead_while_the_first_block_is_detected_makes_no_rate_of
     assert stats.images_per_second == pytest.approx(40 / 60)
 
 
-@pytest.mark.parametrize(("blocks", "rate"), [([], None), (steady("a", 0, 1), 1.0)])
-def test_one_block_tells_a_rate_and_none_does_not(blocks: list[tuple[float, int, str]], rate: float | None) -> None:
+@pytest.mark.parametrize(
+    ("blocks", "rate"),
+    [([], None), (steady("a", 0, 1), 1.0), ([*steady("a", 0, 1), *steady("b", 1, 1)], 2.0)],
+)
+def test_a_block_each_tells_a_rate_and_none_does_not(blocks: list[tuple[float, int, str]], rate: float | None) -> None:
     assert stats_of(blocks, num_detectors=2).images_per_second == rate
 
 
@@ -75,6 +78,19 @@ def test_a_detector_that_always_holds_images_is_busy_however_slow_its_first_ones
     assert stats.busy == pytest.approx(1.0)
 
 
-def test_rows_that_no_detector_held_take_none_of_its_time() -> None:
-    assert stats_of(steady("a", 0, 3), 1, detect_seconds=None).busy == 0
-    assert stats_of([(1.0, 10, "a")], 1, detect_seconds=None).busy is None
+def test_where_no_detector_held_an_image_neither_rate_nor_busy_share_is_told() -> None:
+    stats = stats_of(steady("a", 0, 3), 1, detect_seconds=None)
+    assert (stats.images_per_second, stats.busy) == (None, None)
+
+
+def test_errors_that_no_detector_saw_are_no_images_of_its() -> None:
+    stats = stats_of([(1.0, 10, "a")], 1, detect_seconds=None)
+    stats.count_block(block_of(done=60.0, images=2, errors=8))
+    stats.count_block(block_of(done=70.0, images=10, errors=0))
+    assert stats.images_per_second == pytest.approx(12 / 12)
+
+
+def block_of(*, done: float, images: int, errors: int) -> pa.Table:
+    """A block of one detector, 1 s an image."""
+    row = {"shard": 0, "row": 0, "detected_at": START + timedelta(seconds=done), "detected_by": "a"}
+    return pa.Table.from_pylist([row] * errors + [row | {"detect_seconds": 1.0}] * images, RESULT_SCHEMA)

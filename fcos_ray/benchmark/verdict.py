@@ -15,7 +15,7 @@ class Capacity:
     """Images per second."""
 
     detectors: float  # all of the layout's at once, alone: mean of before and after the job
-    job: float | None  # the whole job's steady state; None when there were too few blocks to tell
+    job: float | None  # the whole job's steady state; None when no detector held an image
 
     @property
     def efficiency(self) -> float | None:

@@ -130,7 +130,7 @@ class _InPlaceReLU(nn.Module):
     """ReLU of what nothing else reads, as a maximum of integers: a float that is negative is a negative one.
 
     In bf16 torch's takes 2.4 ms for 256 channels of 100×136, this 0.25; an image takes 0.93 times as long, in fp32 0.98 (a
-    Xeon with AMX, alternating). Whether a NaN stays one depends on its sign.
+    Xeon with AMX, alternating). A NaN that x86 makes becomes 0, as in oneDNN's ReLU.
     """
 
     def forward(self, x: Tensor) -> Tensor:

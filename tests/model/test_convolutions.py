@@ -186,7 +186,9 @@ def test_the_faster_relu_behind_a_group_norm_finds_the_same_and_leaves_its_input
     normed = quick[1](quick[0](x))
     assert bool((normed < 0).any())
     wanted = normed.relu()
-    assert torch.equal(quick[2](normed), wanted)
+    positive = quick[2](normed)
+    assert torch.equal(positive, wanted)
+    assert positive.data_ptr() == normed.data_ptr()
     torch.testing.assert_close(quick(x), tower.to(dtype)(x), atol=1e-4 if dtype == torch.float32 else 0.05, rtol=0)
     assert torch.equal(x, before)
 
