@@ -20,10 +20,14 @@ def stats_of(
     """Blocks as (when they were done, images, by whom), in the order in which they come; when they come does not matter."""
     stats = ExecutionStats(num_detectors)
     for done, num_rows, name in blocks:
-        row = {"shard": 0, "row": 0, "detected_at": START + timedelta(seconds=done), "detected_by": name}
-        row["detect_seconds"] = detect_seconds
-        stats.count_block(pa.Table.from_pylist([row] * num_rows, RESULT_SCHEMA))
+        stats.count_block(block_of(done, [detect_seconds] * num_rows, name))
     return stats
+
+
+def block_of(done: float, detect_seconds: Sequence[float | None], name: str = "a") -> pa.Table:
+    """What a detector gives at once: an image a row, or an error that it never saw (None)."""
+    about = {"shard": 0, "row": 0, "detected_at": START + timedelta(seconds=done), "detected_by": name}
+    return pa.Table.from_pylist([about | {"detect_seconds": seconds} for seconds in detect_seconds], RESULT_SCHEMA)
 
 
 def steady(name: str, start: float, num_blocks: int) -> list[tuple[float, int, str]]:
@@ -52,8 +56,7 @@ def test_what_is_loaded_ahead_while_the_first_block_is_detected_makes_no_rate_of
     """Loading takes the cores of a first block, which is slow, and the next ones pass as fast as if nothing were loaded."""
     stats = stats_of([(30.0, 10, "a")], 1, detect_seconds=3.0)
     for done in (40.0, 50.0, 60.0):
-        row = {"shard": 0, "row": 0, "detected_at": START + timedelta(seconds=done), "detected_by": "a"}
-        stats.count_block(pa.Table.from_pylist([row | {"detect_seconds": 1.0}] * 10, RESULT_SCHEMA))
+        stats.count_block(block_of(done, [1.0] * 10))
     assert stats.images_per_second == pytest.approx(40 / 60)
 
 
@@ -73,8 +76,7 @@ def test_detectors_are_busy_for_what_their_images_took_from_the_first_one_on() -
 
 def test_a_detector_that_always_holds_images_is_busy_however_slow_its_first_ones_are() -> None:
     stats = stats_of(steady("a", 0, 9), 1)
-    slow = {"shard": 0, "row": 0, "detected_at": START, "detected_by": "a", "detect_seconds": 100.0}
-    stats.count_block(pa.Table.from_pylist([slow], RESULT_SCHEMA))
+    stats.count_block(block_of(0.0, [100.0]))
     assert stats.busy == pytest.approx(1.0)
 
 
@@ -85,12 +87,6 @@ def test_where_no_detector_held_an_image_neither_rate_nor_busy_share_is_told() -
 
 def test_errors_that_no_detector_saw_are_no_images_of_its() -> None:
     stats = stats_of([(1.0, 10, "a")], 1, detect_seconds=None)
-    stats.count_block(block_of(done=60.0, images=2, errors=8))
-    stats.count_block(block_of(done=70.0, images=10, errors=0))
+    stats.count_block(block_of(60.0, [None] * 8 + [1.0] * 2))
+    stats.count_block(block_of(70.0, [1.0] * 10))
     assert stats.images_per_second == pytest.approx(12 / 12)
-
-
-def block_of(*, done: float, images: int, errors: int) -> pa.Table:
-    """A block of one detector, 1 s an image."""
-    row = {"shard": 0, "row": 0, "detected_at": START + timedelta(seconds=done), "detected_by": "a"}
-    return pa.Table.from_pylist([row] * errors + [row | {"detect_seconds": 1.0}] * images, RESULT_SCHEMA)
