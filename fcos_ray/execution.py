@@ -6,6 +6,7 @@ same process, as long as it makes progress. What is missing is asked of the outp
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
@@ -30,7 +31,6 @@ from fcos_ray.commit_task import commit_task
 from fcos_ray.errors import RunStopped, StageStalled, StorageError, UserError, WorkerError
 from fcos_ray.layout import Layout
 from fcos_ray.load import LoadSettings
-from fcos_ray.malloc import trim_memory
 from fcos_ray.outputs import runs
 from fcos_ray.outputs.commit import list_committed
 from fcos_ray.outputs.gather import Gather, WholeShard
@@ -321,7 +321,13 @@ class Execution:
         if self._progress:
             self._progress.add(rows=rows, errors=rows - whole.rows["error_code"].null_count)
         if self.stats.num_commits % _TRIM_COMMITS == 0:
-            trim_memory()
+            _trim_memory()
+
+
+def _trim_memory() -> None:
+    """Give back freed memory, of which glibc keeps more and more; other C libraries have no such call."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _set_up_ray_data(settings: ExecutionSettings) -> None:

@@ -31,7 +31,6 @@ from fcos_ray.inputs.pinned_files import PinnedFile, read_partitions
 from fcos_ray.inputs.plan import Draft, draft_plan
 from fcos_ray.inputs.selection import History
 from fcos_ray.layout import Layout
-from fcos_ray.malloc import keep_memory
 from fcos_ray.model.parameters import INPUT_SETTINGS, Weights
 from fcos_ray.model.weights import load_weights
 from fcos_ray.outputs import runs
@@ -332,5 +331,4 @@ def fcos_maker(weights: Weights, options: Mapping[str, Any]) -> MakeDetector:
 def _make_fcos(weights: ray.ObjectRef[Weights], options: Mapping[str, Any]) -> ImageDetector:
     from fcos_ray.model.detector import Detector  # torch, which only the actors need
 
-    keep_memory()  # the actor's process: nobody else's
     return Detector(ray.get(weights), **options)
