@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
 import torch
@@ -65,6 +65,9 @@ F4: Final = Algorithm(
     strip_tiles=136,
     strips=3,
 )
+# MKL reads weights in the order they are in, which therefore cost little even where the image is small: 512 channels of 25×34
+# take 9.8 ms, a direct convolution 21 (a Xeon).
+F4_BY_MKL: Final = replace(F4, most_channels=512, strips=1)
 # Its transforms only add and subtract. In bf16 a convolution is off by 0.5 % of its values' spread, a direct one by 0.24 %,
 # F4 by 1.7 % (root mean square, 256 channels), and takes 47 ms, 69 ms and 31 ms (100×136 pixels, one Zen 4 core).
 F2: Final = Algorithm(
@@ -162,13 +165,12 @@ class WinogradConv2d(nn.Module, ABC):
             result.relu_()
 
 
-class F2Conv2d(WinogradConv2d):
-    """By F2. A point's values lie side by side: each transform is one matrix product, and none has to be put in order.
+class _PointByPoint(WinogradConv2d):
+    """A point's values lie side by side: each transform is one matrix product, and none has to be put in order.
 
-    With a tile's values side by side, as F4Conv2d has them: 26.0 instead of 23.5 ms (bf16, 256 channels of 100×136, Zen 5).
+    With a tile's values side by side, as F4OneDnnConv2d has them: 26.0 instead of 23.5 ms (bf16 by F2, 256 channels of
+    100×136, Zen 5).
     """
-
-    algorithm = F2
 
     def _strips(self, cut: Tensor, result: Tensor, per_strip: int, scratch: tuple[Tensor, Tensor]) -> None:
         rows, columns, tile, _, channels = cut.shape
@@ -188,10 +190,25 @@ class F2Conv2d(WinogradConv2d):
             self._finish(found.view(side, side, -1, columns, channels_out).permute(2, 0, 3, 1, 4), result[first:last])
 
 
-class F4Conv2d(WinogradConv2d):
-    """By F4, whose products are oneDNN's: torch's are MKL's, which on Zen 5 reach 107 GFLOP/s where oneDNN has 260.
+class F2Conv2d(_PointByPoint):
+    """By F2."""
 
-    256 channels of 100×136 pixels in fp32: 54 -> 39 ms.
+    algorithm = F2
+
+
+class F4MklConv2d(_PointByPoint):
+    """By F4, whose products are torch's in fp32, that is MKL's, where MKL is fast.
+
+    256 channels of 100×136 pixels on a Xeon: 55 -> 39 ms, directly 85.
+    """
+
+    algorithm = F4_BY_MKL
+
+
+class F4OneDnnConv2d(WinogradConv2d):
+    """By F4, whose products are oneDNN's: MKL's on Zen 5 reach 107 GFLOP/s where oneDNN has 260.
+
+    256 channels of 100×136 pixels in fp32 on Zen 5: 54 -> 39 ms.
     """
 
     algorithm = F4

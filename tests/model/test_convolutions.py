@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +17,13 @@ from fcos_ray.model.architectures import build_model, fold_batchnorm
 from fcos_ray.model.convolutions import quicken
 from fcos_ray.model.detector import Detector
 from fcos_ray.model.weights import load_weights
-from fcos_ray.model.winograd import F2Conv2d, F4Conv2d, WinogradConv2d
+from fcos_ray.model.winograd import F2Conv2d, F4MklConv2d, F4OneDnnConv2d, WinogradConv2d
 
 needs_bf16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU's oneDNN computes nothing in bf16"
 )
+
+by_f4 = pytest.mark.parametrize("kind", [F4MklConv2d, F4OneDnnConv2d], ids=["MKL", "oneDNN"])
 
 
 def convolution(channels: int, channels_out: int, *, bias: bool = True, **settings: Any) -> nn.Conv2d:
@@ -35,11 +38,14 @@ def exact(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (4, 4), (5, 9), (25, 34), (13, 17)])
 @pytest.mark.parametrize("channels_out", [64, 91, 256])
+@by_f4
 @torch.inference_mode()
-def test_winograd_rounds_little_more_than_a_direct_convolution(shape: tuple[int, int], channels_out: int) -> None:
+def test_winograd_rounds_little_more_than_a_direct_convolution(
+    kind: type[WinogradConv2d], shape: tuple[int, int], channels_out: int
+) -> None:
     with torch.inference_mode(False):
         conv = convolution(256, channels_out)
-        quick = F4Conv2d(conv)
+        quick = kind(conv)
     x = torch.randn(2, 256, *shape).to(memory_format=torch.channels_last)
     got, wanted = quick(x), exact(conv, x)
     assert got.shape == wanted.shape
@@ -61,14 +67,17 @@ def test_winograd_in_bf16_rounds_twice_as_much_as_a_direct_convolution(shape: tu
     assert spread["ours"] < 2.6 * spread["direct"]
 
 
-def test_winograd_takes_any_memory_format_and_no_bias() -> None:
+@by_f4
+def test_winograd_takes_any_memory_format_and_no_bias(kind: type[WinogradConv2d]) -> None:
     conv = convolution(128, 128, bias=False)
     x = torch.randn(1, 128, 7, 10)
-    torch.testing.assert_close(F4Conv2d(conv)(x).double(), exact(conv, x), atol=2e-5, rtol=0)
+    torch.testing.assert_close(kind(conv)(x).double(), exact(conv, x), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [(F4Conv2d, torch.float32), (F2Conv2d, torch.bfloat16)], ids=["fp32", "bf16"]
+    ("kind", "dtype"),
+    [(F4MklConv2d, torch.float32), (F4OneDnnConv2d, torch.float32), (F2Conv2d, torch.bfloat16)],
+    ids=["MKL", "oneDNN", "bf16"],
 )
 def test_an_image_does_not_depend_on_its_neighbours(kind: type[WinogradConv2d], dtype: torch.dtype) -> None:
     quick = kind(convolution(256, 256)).to(dtype)
@@ -78,7 +87,7 @@ def test_an_image_does_not_depend_on_its_neighbours(kind: type[WinogradConv2d], 
 
 
 @pytest.mark.parametrize("columns", [1, 3, 136, 137, 600])
-@pytest.mark.parametrize("kind", [F2Conv2d, F4Conv2d], ids=["F2", "F4"])
+@pytest.mark.parametrize("kind", [F2Conv2d, F4MklConv2d, F4OneDnnConv2d], ids=["F2", "MKL", "oneDNN"])
 def test_strips_of_any_width_join_without_a_seam(kind: type[WinogradConv2d], columns: int) -> None:
     """One strip, several, the last of them shorter; tiles that reach over the image's edge."""
     quick = kind(conv := convolution(256, 64))
@@ -100,15 +109,22 @@ def test_strips_of_any_width_join_without_a_seam(kind: type[WinogradConv2d], col
     ],
     ids=str,
 )
-def test_winograd_refuses_what_it_does_not_compute(conv: nn.Conv2d) -> None:
-    assert not F4Conv2d.suits(conv)
+@by_f4
+def test_winograd_refuses_what_it_does_not_compute(kind: type[WinogradConv2d], conv: nn.Conv2d) -> None:
+    assert not kind.suits(conv)
     with pytest.raises(ValueError, match="wanted a 3×3 convolution of stride 1"):
-        F4Conv2d(conv)
+        kind(conv)
 
 
-@pytest.mark.parametrize("architecture", ["fcos_resnet50_fpn", "fcos_mobilenet_v3_small_fpn"])
+@pytest.mark.parametrize(
+    ("architecture", "mkl", "expected"),
+    [("fcos_resnet50_fpn", False, 20), ("fcos_resnet50_fpn", True, 22), ("fcos_mobilenet_v3_small_fpn", True, 0)],
+)
 @torch.inference_mode()
-def test_a_quickened_model_gives_the_same_outputs_on_one_thread_and_two(architecture: str) -> None:
+def test_a_quickened_model_gives_the_same_outputs_on_one_thread_and_two(
+    architecture: str, mkl: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convolutions, "_has_fast_mkl", lambda: mkl)
     weights = load_weights("random:1" if architecture == "fcos_resnet50_fpn" else "sample")
     assert weights.architecture == architecture
     limits = {"score_threshold": 0.2, "nms_threshold": 0.6, "max_detections": 100, "topk_candidates": 1000}
@@ -118,8 +134,8 @@ def test_a_quickened_model_gives_the_same_outputs_on_one_thread_and_two(architec
     assert not [
         name for name, module in quick.backbone.body.named_modules() if type(module) in (nn.MaxPool2d, Bottleneck)
     ]
-    winograd = sum(isinstance(module, WinogradConv2d) for module in quick.modules())
-    assert winograd == (20 if architecture == "fcos_resnet50_fpn" else 0)
+    winograd = [type(module) for module in quick.modules() if isinstance(module, WinogradConv2d)]
+    assert winograd == [F4MklConv2d if mkl else F4OneDnnConv2d] * expected
     x = torch.randn(1, 3, 160, 224).to(memory_format=torch.channels_last)
     wanted = plain.head(list(plain.backbone(x).values()))
     threads = torch.get_num_threads()
@@ -221,17 +237,32 @@ def test_poolings_of_values_of_any_sign_stay() -> None:
 
 
 @pytest.mark.parametrize("amx", [False, True])
-def test_each_precision_has_its_algorithm(amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mkl", [False, True])
+def test_each_precision_has_its_algorithm(mkl: bool, amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "_is_native", lambda *_: True)  # any CPU can hold a model in bf16
     monkeypatch.setattr(convolutions, "_has_amx", lambda: amx)
+    monkeypatch.setattr(convolutions, "_has_fast_mkl", lambda: mkl)
     used = {}
     for precision in ("fp32", "bf16"):
         modules = Detector("random:1", device="cpu", precision=precision)._model.modules()
         used[precision] = [type(module) for module in modules if isinstance(module, WinogradConv2d)]
-    # fp32: of 128 and 256 channels; bf16: of 256 and 512, without AMX
-    assert used == {"fp32": [F4Conv2d] * 20, "bf16": [] if amx else [F2Conv2d] * 19}
+    # fp32: of 128 and 256 channels, by MKL of 512 too; bf16: of 256 and 512, without AMX
+    fp32: list[type[WinogradConv2d]] = [F4MklConv2d] * 22 if mkl else [F4OneDnnConv2d] * 20
+    assert used == {"fp32": fp32, "bf16": [] if amx else [F2Conv2d] * 19}
     model = nn.Sequential(convolution(256, 256))
     assert type(quicken(model, torch.float16)[0]) is nn.Conv2d  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("vendor", "available", "fast"),
+    [("GenuineIntel", True, True), ("GenuineIntel", False, False), ("AuthenticAMD", True, False)],
+)
+def test_mkl_multiplies_on_intels_cpus(
+    vendor: str, available: bool, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: available)
+    monkeypatch.setattr(Path, "read_text", lambda _: f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: 6\n")
+    assert convolutions._has_fast_mkl() is fast
 
 
 @pytest.mark.parametrize(
