@@ -165,11 +165,11 @@ def openvino(folder: Path, *, precision: str) -> Turn:
     found: dict[str, Detections] = {}
     ends: list[End] = []
 
-    def finish(request: Any, given: tuple[str, tuple[int, int], tuple[int, int]]) -> None:
-        name, resized, seen = given
+    def finish(request: Any, given: tuple[int, str, tuple[int, int], tuple[int, int]]) -> None:
+        number, name, resized, seen = given
         outputs = [torch.from_numpy(request.get_output_tensor(i).data) for i in range(3)]
         found[name] = detections_of(HeadOutputs(*outputs, anchors, levels), resized, seen)
-        ends.append(End())
+        ends.append(End(worker=number))
 
     queue = ov.AsyncInferQueue(compiled)
     queue.set_callback(finish)
@@ -177,7 +177,9 @@ def openvino(folder: Path, *, precision: str) -> Turn:
     for path in photographs(folder):
         image = read_tensor(path)
         batch, _ = model.transform([image])
-        queue.start_async({0: batch.tensors.numpy()}, (path.name, batch.image_sizes[0], tuple(image.shape[-2:])))
+        # Requests run side by side, so each has a clock: one for all gave 0.38 s for an image of ten, where sixty took 0.40
+        given = (queue.get_idle_request_id(), path.name, batch.image_sizes[0], tuple(image.shape[-2:]))
+        queue.start_async({0: batch.tensors.numpy()}, given)
     queue.wait_all()
     return Turn(found, steady_seconds(ends))
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 
+from fcos_ray.benchmark.photographs import parse_size, write_photographs
 from fcos_ray.model.postprocess import HeadOutputs
 from fcos_ray.model.weights import load_weights
+from tests.benchmarks import peer
 from tests.benchmarks.peer import detections_of, traceable
 from tests.benchmarks.peers import found_again
 from tests.benchmarks.turns import End, steady_seconds
@@ -57,6 +61,24 @@ def test_what_openvino_would_give_becomes_the_models_detections() -> None:
         found = detections_of(HeadOutputs(*network(batch.tensors), anchors, levels), batch.image_sizes[0], (150, 200))
     assert len(found.scores) > 10
     assert_same_detections(found, from_torchvision(wanted), score_threshold=0.2, max_detections=100)
+
+
+@pytest.mark.filterwarnings("ignore")  # what OpenVINO calls is deprecated
+@pytest.mark.skipif(os.cpu_count() == 1, reason="OpenVINO runs one request at a time on one core")
+def test_each_of_openvinos_requests_has_a_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One clock for all counts what the others had under way when it started."""
+    pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install '.[peers]'")
+    write_photographs(str(tmp_path), parse_size("200x150"), num_images=6, with_sizes=False)
+    clocks: list[Sequence[End]] = []
+    monkeypatch.setattr(peer, "steady_seconds", lambda ends: clocks.append(ends) or steady_seconds(ends))
+    threads = torch.get_num_threads()
+    try:
+        turn = peer.openvino(tmp_path, precision="f32")
+    finally:
+        torch.set_num_threads(threads)
+    [ends] = clocks
+    assert len(ends) == len(turn.detections) == 6
+    assert len({end.worker for end in ends}) > 1
 
 
 @pytest.mark.ray

@@ -26,7 +26,7 @@ class End:
 
     at: float = field(default_factory=time.monotonic)
     images: int = 1
-    worker: int = field(default_factory=os.getpid)
+    worker: int = field(default_factory=os.getpid)  # or whatever else works beside others
 
 
 @dataclass(frozen=True, slots=True)
